@@ -1,0 +1,32 @@
+"""What every test file may use."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture
+def as_user():
+    """See errors as a user does: without the shape checks that pytest switches on."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Each test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: notebooks and the browser come last."""
+    late = ("nbval", "test_pages", "test_colab")
+    items.sort(key=lambda item: any(word in str(item.path) for word in late))

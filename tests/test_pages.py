@@ -1,0 +1,205 @@
+"""The built book, as files and as a browser shows it (``make pages`` builds it)."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from chapter import ROOT, all_chapters, repository
+
+SITE = ROOT / "_build" / "html"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+CHROMIUM_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for folder in ("book", "chapters")
+    for path in (SITE / folder).glob("*.html")
+)
+# Every chapter and the front page; "make soak" looks at every page.
+LOOKED_AT = [
+    page
+    for page in PAGES
+    if os.environ.get("PGCORE_PAGES") == "all" or re.match(r"chapters|book/index", page)
+]
+
+pytestmark = pytest.mark.skipif(not SITE.is_dir(), reason='run "make book" first')
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+class Links(HTMLParser):
+    """What a page points to, loads, and can be pointed at."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.targets: list[str] = []
+        self.loads: list[str] = []
+        self.anchors: set[str] = set()
+        self.images_without_alt: list[str] = []
+        self.feed(page.read_text(encoding="utf8"))
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.anchors |= {v for v in (values.get("id"), values.get("name")) if v}
+        if tag == "a" and values.get("href"):
+            self.targets.append(values["href"])
+        if tag in ("script", "img", "iframe", "source") and values.get("src"):
+            self.loads.append(values["src"])
+        if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload"):
+            self.loads.append(values["href"])
+        if tag == "img" and not values.get("alt"):
+            self.images_without_alt.append(values.get("src", ""))
+
+
+@functools.cache
+def links_of(page: Path) -> Links:
+    return Links(page)
+
+
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+@every_page
+def test_nothing_is_loaded_from_elsewhere(page):
+    outside = [url for url in links_of(SITE / page).loads if urlsplit(url).netloc]
+    assert not outside
+
+
+@every_page
+def test_links_within_the_book_lead_somewhere(page):
+    for target in links_of(SITE / page).targets + links_of(SITE / page).loads:
+        url = urlsplit(target)
+        if url.scheme or url.netloc:
+            continue
+        path = (SITE / page).parent / unquote(url.path) if url.path else SITE / page
+        assert path.exists(), target
+        if url.fragment and path.suffix == ".html":
+            assert unquote(url.fragment) in links_of(path).anchors, target
+
+
+@every_page
+def test_pictures_have_alt_text(page):
+    assert not links_of(SITE / page).images_without_alt
+
+
+@every_page
+def test_the_page_describes_itself(page):
+    text = (SITE / page).read_text(encoding="utf8")
+    assert re.search(r'<meta[^>]+name="description"', text)
+    assert '<html lang="en"' in text
+    assert len(re.findall(r"<h1[ >]", text)) == 1
+
+
+@pytest.mark.parametrize("chapter", all_chapters(), ids=lambda c: c.number)
+def test_chapter_pages(chapter):
+    page = SITE / chapter.relative_path.replace(".ipynb", ".html")
+    text = page.read_text(encoding="utf8")
+    url, branch = repository()
+    colab = f"{url}/blob/{branch}/{chapter.relative_path}".replace(
+        "https://github.com", "https://colab.research.google.com/github"
+    )
+    assert links_of(page).targets.count(colab) >= 2  # the header's button and the text
+    shown = re.sub(r"<[^>]+>", "", text)
+    assert "#| export" not in shown and "google.colab" not in shown
+    exports = len(chapter.code_of("export"))
+    assert text.count(f"goes into pgcore.{chapter.module}") == exports
+    assert text.count("Show one solution") >= 3
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Serve the site on this machine; yield its address."""
+    handler = functools.partial(QuietHandler, directory=SITE)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield functools.partial(
+            playwright.chromium.launch_persistent_context,
+            executable_path=CHROMIUM,
+            headless=True,
+            args=CHROMIUM_FLAGS,
+        )
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def context(request, browser, tmp_path_factory):
+    width, height = SIZES[request.param]
+    context = browser(
+        str(tmp_path_factory.mktemp("profile")),
+        viewport={"width": width, "height": height},
+    )
+    yield context
+    context.close()
+
+
+@in_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("page", LOOKED_AT)
+def test_the_browser_shows_the_page(page, theme, context, address):
+    tab = context.new_page()
+    tab.emulate_media(color_scheme=theme)
+    complaints, requests = [], []
+    tab.on("request", lambda r: requests.append(r.url))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on(
+        "console",
+        lambda m: m.type in ("error", "warning") and complaints.append(m.text),
+    )
+    tab.on("response", lambda r: r.status >= 400 and complaints.append(r.url))
+    tab.goto(f"{address}/{page}", wait_until="load")
+    tab.wait_for_function(
+        "!window.MathJax?.startup?.promise || "
+        "window.MathJax.startup.promise.then(() => true)"
+    )
+    assert not complaints
+    assert all(url.startswith((address, "data:", "blob:")) for url in requests)
+    seen = tab.evaluate(
+        """() => ({
+            overflow: document.documentElement.scrollWidth - window.innerWidth,
+            formulas: document.querySelectorAll('.math').length,
+            rendered: document.querySelectorAll('mjx-container').length,
+            errors: document.querySelectorAll('mjx-merror').length,
+            theme: document.documentElement.dataset.theme,
+            opened: document.querySelectorAll('.cell details[open]').length,
+        })"""
+    )
+    tab.close()
+    assert seen["overflow"] <= 0, "the page scrolls sideways"
+    assert seen["errors"] == 0
+    assert seen["rendered"] >= seen["formulas"]
+    assert seen["theme"] == theme
+    assert seen["opened"] == 0, "solutions are folded"
+
+
+@in_browser
+def test_the_search_finds_a_chapter(context, address):
+    tab = context.new_page()
+    tab.goto(f"{address}/search.html?q=softmax")
+    tab.wait_for_selector("#search-results li a")
+    found = tab.eval_on_selector_all(
+        "#search-results li a", "all => all.map(a => a.href)"
+    )
+    tab.close()
+    assert any("/chapters/" in url for url in found)

@@ -1,0 +1,54 @@
+"""The canonical form of a rendered notebook: git sees changes, never noise."""
+
+import base64
+import io
+
+import nbformat
+from chapter import Chapter
+from nbformat import NotebookNode
+from nbstripout import strip_output
+from PIL import Image
+
+KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
+NOISE = [
+    "metadata.jupytext",
+    "metadata.widgets",
+    "metadata.colab",
+    "cell.metadata.colab",
+    "cell.metadata.executionInfo",
+    "cell.metadata.execution",
+]
+
+
+def normalised(chapter: Chapter) -> NotebookNode:
+    """No editor metadata, one kernel name, small pictures, solutions folded."""
+    notebook = strip_output(
+        nbformat.from_dict(chapter.notebook),
+        keep_output=True,
+        keep_count=True,
+        keep_id=True,
+        extra_keys=NOISE,
+    )
+    notebook.metadata = {
+        "kernelspec": KERNELSPEC,
+        "language_info": {"name": "python"},
+        "pgcore": chapter.notebook.metadata.get("pgcore", {}),
+    }
+    for cell in notebook.cells:
+        if "solution" in cell.metadata.get("tags", []) and cell.cell_type == "code":
+            cell.metadata["mystnb"] = {"code_prompt_show": "Show one solution"}
+            cell.metadata["jupyter"] = {"source_hidden": True}
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller_png(output.data["image/png"])
+    nbformat.validate(notebook)
+    return notebook
+
+
+def smaller_png(encoded: str) -> str:
+    """The same pixels, without matplotlib's metadata, as small as Pillow makes them."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        image.load()
+        image.convert("RGB").save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode() + "\n"

@@ -1,0 +1,171 @@
+"""Make chapters: export their modules, execute what is stale, normalise the notebooks.
+
+    python tools/render.py              every stale chapter
+    python tools/render.py 02 --force   chapter 02, stale or not
+    python tools/render.py --check      fails if a chapter is stale or not normalised
+
+A rendered notebook carries a stamp over its own code, the pgcore modules that it
+imports and the assets that those load. Rendering twice gives the same file.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from chapter import Chapter, repository, select
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from normalise import normalised
+from stamp import stamp
+
+BUDGET_SECONDS = 60
+CELL_TIMEOUT_SECONDS = 300
+THREADS = "2"
+
+SETUP = """\
+# Colab only: fetch pgcore and what Colab lacks. Elsewhere this does nothing.
+import sys
+if "google.colab" in sys.modules:
+    %pip install -q --no-deps "paligemma-from-scratch @ git+{url}@{branch}" {extras}
+"""
+COLAB_LACKS = "jaxtyping wadler-lindig beartype"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("numbers", nargs="*", metavar="NN", help="default: all")
+    parser.add_argument("--force", action="store_true", help="even if not stale")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    try:
+        chapters = select(options.numbers)
+        if options.check:
+            return report_stale(chapters)
+        for chapter in chapters:
+            render(chapter, options.force)
+    except ValueError as error:
+        print(f"chapters: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report_stale(chapters: list[Chapter]) -> int:
+    problems = []
+    for chapter in chapters:
+        if chapter.notebook.metadata.get("pgcore", {}).get("stamp") != stamp(chapter):
+            problems.append(f"{chapter.relative_path}: stale outputs")
+        elif text_of(normalised(chapter)) != chapter.path.read_text(encoding="utf8"):
+            problems.append(f"{chapter.relative_path}: not normalised")
+    for problem in problems:
+        print(f'{problem}; run "make chapters"')
+    return 1 if problems else 0
+
+
+def render(chapter: Chapter, force: bool) -> None:
+    """Bring one chapter up to date, on disk. An interrupted run changes nothing."""
+    prepare(chapter)
+    run_exporter(chapter)
+    current = stamp(chapter)
+    metadata = chapter.notebook.metadata.setdefault("pgcore", NotebookNode())
+    if force or metadata.get("stamp") != current:
+        print(f"{chapter.relative_path}: executing ...", flush=True)
+        seconds = execute(chapter)
+        metadata["stamp"] = current
+        print(f"{chapter.relative_path}: done in {seconds:.0f} s")
+        if seconds > BUDGET_SECONDS:
+            print(f"  that is over the budget of {BUDGET_SECONDS} s")
+    else:
+        print(f"{chapter.relative_path}: up to date")
+    write_atomically(chapter.path, text_of(normalised(chapter)))
+
+
+def run_exporter(chapter: Chapter) -> None:
+    tool = Path(__file__).with_name("export.py")
+    command = [sys.executable, str(tool), chapter.number]
+    if subprocess.run(command).returncode != 0:
+        raise ValueError("the modules could not be exported (see above)")
+
+
+def prepare(chapter: Chapter) -> None:
+    """Fill in what the tools own: the setup cell and the Colab address."""
+    url, branch = repository()
+    colab = f"{url}/blob/{branch}/{chapter.relative_path}".replace(
+        "https://github.com", "https://colab.research.google.com/github"
+    )
+    cells = chapter.notebook.cells
+    cells[0].source = re.sub(
+        r"\[Open in Colab\]\([^)]*\)", f"[Open in Colab]({colab})", cells[0].source
+    )
+    setup_cells = [c for c in cells if "setup" in c.metadata.get("tags", [])]
+    if len(setup_cells) != 1:
+        raise ValueError(
+            f"{chapter.relative_path}: expected one cell tagged 'setup', "
+            f"found {len(setup_cells)}"
+        )
+    setup_cells[0].source = SETUP.format(
+        url=url, branch=branch, extras=COLAB_LACKS
+    ).strip()
+    setup_cells[0].metadata["tags"] = ["setup", "remove-cell"]
+
+
+def execute(chapter: Chapter) -> float:
+    """Run all cells in a fresh kernel; return the seconds it took.
+
+    Raises ValueError with the failing cell, or with a warning that a cell printed.
+    """
+    with tempfile.TemporaryDirectory() as ipython_dir:
+        quiet = Path(ipython_dir) / "profile_default" / "ipython_kernel_config.py"
+        quiet.parent.mkdir()
+        quiet.write_text("c.IPKernelApp.log_level = 40\n")
+        environment = os.environ | {
+            "IPYTHONDIR": ipython_dir,
+            "OMP_NUM_THREADS": THREADS,
+            "MKL_NUM_THREADS": THREADS,
+            "PYTHONHASHSEED": "0",
+        }
+        client = NotebookClient(
+            chapter.notebook,
+            timeout=CELL_TIMEOUT_SECONDS,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(chapter.path.parent)}},
+        )
+        start = time.monotonic()
+        try:
+            client.execute(env=environment)
+        except CellExecutionError as error:
+            raise ValueError(f"{chapter.relative_path}: {error}") from None
+        seconds = time.monotonic() - start
+    refuse_warnings(chapter)
+    return seconds
+
+
+def refuse_warnings(chapter: Chapter) -> None:
+    for cell in chapter.notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                raise ValueError(
+                    f"{chapter.relative_path}: a cell writes to stderr, and the page "
+                    f"would show it: {output.text.strip().splitlines()[-1]}"
+                )
+
+
+def text_of(notebook: NotebookNode) -> str:
+    return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    scratch = path.with_suffix(".ipynb.part")
+    scratch.write_text(text, encoding="utf8")
+    scratch.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
