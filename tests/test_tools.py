@@ -47,7 +47,7 @@ def test_only_marked_cells_are_exported_without_the_directive(write_chapter):
 def test_an_exported_module_says_where_it_comes_from(write_chapter):
     text = exported(write_chapter(MODULE_CELL, "#| export\nA = 1"))
     assert text.startswith(
-        "# Generated from chapters/05_topic.ipynb: edit the notebook"
+        "# Generated from chapters/05_topic.ipynb.\n# Edit the notebook"
     )
 
 

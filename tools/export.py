@@ -22,7 +22,7 @@ DESTINATIONS = {
     "reference": "tests/reference/{}.py",
 }
 WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli")
-HEADER = '# Generated from {}: edit the notebook, then run "make chapters".\n'
+HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 
 
 def main() -> int:
