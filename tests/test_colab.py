@@ -15,7 +15,9 @@ import pytest
 from chapter import ROOT, all_chapters, repository
 from nbclient import NotebookClient
 
-COLAB_HAS = ["torch", "numpy", "matplotlib", "pillow", "ipykernel", "pip", "setuptools"]
+COLAB_HAS = [
+    "torch", "numpy", "matplotlib", "pillow", "scipy", "ipykernel", "pip", "setuptools"
+]  # fmt: skip
 CHOSEN = os.environ.get("PGCORE_COLAB")
 CHAPTERS = [
     chapter

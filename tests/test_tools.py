@@ -210,6 +210,14 @@ def test_rendering_refuses_a_cell_that_writes_to_stderr(write_chapter):
         render.execute(chapter)
 
 
+def test_many_prints_are_one_output_however_they_arrive(write_chapter):
+    loop = "for i in range(3):\n    print(i, flush=True)\n    time.sleep(0.3)"
+    chapter = write_chapter("import time\n" + loop)
+    render.execute(chapter)
+    (output,) = chapter.notebook.cells[1].outputs
+    assert output.text == "0\n1\n2\n"
+
+
 def test_a_failing_cell_stops_the_rendering_and_is_named(write_chapter):
     chapter = write_chapter("1 / 0")
     with pytest.raises(ValueError, match="ZeroDivisionError"):

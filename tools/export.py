@@ -26,7 +26,7 @@ HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write pgcore from the chapters.")
     parser.add_argument("numbers", nargs="*", metavar="NN", help="default: all")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
@@ -194,6 +194,7 @@ def with_back_references(source: str, tree: ast.Module, chapter: Chapter) -> str
         if ast.get_docstring(node) is None:
             raise ValueError(f"{chapter.relative_path}: {node.name} has no docstring")
         docstring = node.body[0]
+        assert docstring.end_lineno and docstring.end_col_offset
         indent = " " * docstring.col_offset
         last = docstring.end_lineno - 1
         text, quotes = lines[last][: docstring.end_col_offset - 3].rstrip(), '"""'

@@ -1,6 +1,7 @@
 """The canonical form of a rendered notebook: git sees changes, never noise."""
 
 import base64
+import copy
 import io
 
 import nbformat
@@ -23,7 +24,7 @@ NOISE = [
 def normalised(chapter: Chapter) -> NotebookNode:
     """No editor metadata, one kernel name, small pictures, solutions folded."""
     notebook = strip_output(
-        nbformat.from_dict(chapter.notebook),
+        copy.deepcopy(chapter.notebook),
         keep_output=True,
         keep_count=True,
         keep_id=True,

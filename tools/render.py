@@ -39,7 +39,7 @@ COLAB_LACKS = "jaxtyping wadler-lindig beartype"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Bring chapters up to date.")
     parser.add_argument("numbers", nargs="*", metavar="NN", help="default: all")
     parser.add_argument("--force", action="store_true", help="even if not stale")
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -135,6 +135,7 @@ def execute(chapter: Chapter) -> float:
             timeout=CELL_TIMEOUT_SECONDS,
             kernel_name="python3",
             record_timing=False,
+            coalesce_streams=True,  # else prints break up by chance of timing
             resources={"metadata": {"path": str(chapter.path.parent)}},
         )
         start = time.monotonic()

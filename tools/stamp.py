@@ -38,7 +38,7 @@ def files_behind(source: str) -> list[Path]:
         tree = ast.parse(waiting.pop())
         names = [n for n in imported_modules(tree) if n.split(".")[0] == "pgcore"]
         names += imported_submodules(tree)
-        for path in sorted({file_of(name) for name in names} - {None} - found):
+        for path in sorted({path for name in names if (path := file_of(name))} - found):
             found.add(path)
             waiting.append(path.read_text(encoding="utf8"))
         for node in ast.walk(tree):

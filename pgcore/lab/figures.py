@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def use_book_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.edgecolor": NEUTRAL,
-            "axes.prop_cycle": plt.cycler(color=[IMAGE, TEXT, RIGHT, WRONG, NEUTRAL]),
+            "axes.prop_cycle": cycler(color=[IMAGE, TEXT, RIGHT, WRONG, NEUTRAL]),
             "image.cmap": SEQUENTIAL,
             "legend.frameon": False,
             "lines.linewidth": 2.0,
