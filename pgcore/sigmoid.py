@@ -5,7 +5,7 @@
 SigLIP's loss (Zhai et al., 2023, section 3.2 and Algorithm 1) and its
 sum by blocks (section 3.3, here on one device). Embeddings are [B, D],
 as in ``pgcore.contrastive``. Scale and bias are learned; start them at
-INIT_LOG_SCALE and INIT_BIAS.
+INITIAL_LOG_SCALE and INITIAL_BIAS.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pgcore.contrastive import contrastive_logits
 
-INIT_LOG_SCALE = math.log(10.0)  # logits start as 10 times the cosine
-INIT_BIAS = -10.0  # the prior of a batch of 22027: -log(22026)
+INITIAL_LOG_SCALE = math.log(10.0)  # logits start as 10 times the cosine
+INITIAL_BIAS = -10.0  # the prior of a batch of 22027: -log(22026)
 
 
 def siglip_loss(
@@ -110,4 +110,4 @@ def siglip_loss_chunked(
     return torch.stack(costs).sum() / len(images)
 
 
-__all__ = ["INIT_BIAS", "INIT_LOG_SCALE", "siglip_loss", "siglip_loss_chunked"]
+__all__ = ["INITIAL_BIAS", "INITIAL_LOG_SCALE", "siglip_loss", "siglip_loss_chunked"]

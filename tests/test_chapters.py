@@ -114,6 +114,16 @@ def test_figures_have_a_caption_a_name_and_alt_text(chapter):
     assert figures >= 3
 
 
+def test_figure_names_are_unique_in_the_book():
+    names = [
+        cell.metadata["mystnb"]["figure"]["name"]
+        for chapter in CHAPTERS
+        for cell in code_cells(chapter)
+        if "figure" in cell.metadata.get("mystnb", {})
+    ]
+    assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
+
+
 @every_chapter
 def test_outputs_are_complete_and_clean(chapter):
     counts = [c.execution_count for c in code_cells(chapter)]

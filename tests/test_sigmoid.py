@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pgcore.lab.checks.chapter_03 import SavedBytes
 from pgcore.lab.museum import sigmoid as museum
 from pgcore.sigmoid import (
-    INIT_BIAS,
-    INIT_LOG_SCALE,
+    INITIAL_BIAS,
+    INITIAL_LOG_SCALE,
     siglip_loss,
     siglip_loss_chunked,
 )
@@ -28,7 +28,12 @@ LOSS_TWINS = [
 
 
 def draw(
-    n, width, seed=0, log_scale=INIT_LOG_SCALE, bias=INIT_BIAS, dtype=torch.float64
+    n,
+    width,
+    seed=0,
+    log_scale=INITIAL_LOG_SCALE,
+    bias=INITIAL_BIAS,
+    dtype=torch.float64,
 ):
     """Random pairs whose matches are more alike than chance, and the two scalars."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +69,7 @@ def assert_close(actual, expected, tolerance):
 def assert_parity(loss):
     """Ordinary batches, a bias of the reader's own, and a sure mistake."""
     for n, width in ((1, 4), (2, 3), (13, 8), (40, 32)):
-        for bias in (INIT_BIAS, -math.log(40), 0.5):
+        for bias in (INITIAL_BIAS, -math.log(40), 0.5):
             inputs = draw(n, width, seed=n, bias=bias)
             assert_close(
                 value_and_gradients(loss, inputs),
@@ -131,8 +136,8 @@ def test_equals_hugging_face():
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
             parameter.normal_(std=fan_in**-0.5)
-        model.logit_scale.fill_(INIT_LOG_SCALE)
-        model.logit_bias.fill_(INIT_BIAS)
+        model.logit_scale.fill_(INITIAL_LOG_SCALE)
+        model.logit_bias.fill_(INITIAL_BIAS)
     outputs = model(
         pixel_values=torch.randn(6, 3, 16, 16),
         input_ids=torch.randint(50, (6, 8)),
@@ -219,7 +224,7 @@ def test_pairs_are_independent():
     def loss_of_cosines(cosines):  # captions of length 1 with exactly these cosines
         rest = (1 - cosines.square().sum(0)).sqrt()
         texts = torch.cat([cosines, rest[None]]).T
-        return siglip_loss(images, texts, INIT_LOG_SCALE, -2.0)
+        return siglip_loss(images, texts, INITIAL_LOG_SCALE, -2.0)
 
     hessian = torch.autograd.functional.hessian(loss_of_cosines, cosines)
     hessian = hessian.reshape(n * n, n * n)
@@ -248,8 +253,8 @@ def test_the_slope_by_the_bias_counts_the_yes_answers():
 
 
 def test_the_initial_bias_is_the_prior_of_a_large_batch():
-    assert math.isclose(-math.log(22027 - 1), INIT_BIAS, abs_tol=1e-4)
-    assert math.isclose(math.exp(INIT_LOG_SCALE), 10.0)
+    assert math.isclose(-math.log(22027 - 1), INITIAL_BIAS, abs_tol=1e-4)
+    assert math.isclose(math.exp(INITIAL_LOG_SCALE), 10.0)
 
 
 # memory
@@ -312,15 +317,17 @@ def test_one_pair_is_one_match():
 
 def test_scale_and_bias_may_be_numbers():
     images, texts, log_scale, bias = draw(3, 4)
-    value = siglip_loss(images, texts, INIT_LOG_SCALE, INIT_BIAS)
+    value = siglip_loss(images, texts, INITIAL_LOG_SCALE, INITIAL_BIAS)
     assert_close([value], [siglip_loss(images, texts, log_scale, bias)], 1e-7)
 
 
 def test_bfloat16_is_summed_in_float32():
     images, texts, *_ = (t.detach() for t in draw(16, 8, dtype=torch.bfloat16))
-    expected = siglip_loss(images.float(), texts.float(), INIT_LOG_SCALE, INIT_BIAS)
+    expected = siglip_loss(
+        images.float(), texts.float(), INITIAL_LOG_SCALE, INITIAL_BIAS
+    )
     for loss in (siglip_loss, lambda *x: siglip_loss_chunked(*x, chunk_size=5)):
-        value = loss(images, texts, INIT_LOG_SCALE, INIT_BIAS)
+        value = loss(images, texts, INITIAL_LOG_SCALE, INITIAL_BIAS)
         assert value.dtype == torch.float32
         assert_close([value], [expected], 1e-6)
 

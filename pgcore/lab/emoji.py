@@ -51,10 +51,11 @@ SHARED_CONCEPTS = tuple(
 class EmojiSet:
     """Pictures of concepts, one row each.
 
-    images: [B, C, R, R] in [0, 1]; C is 4 (straight alpha) or 3 (on a background).
-    labels: [B] index into `concepts`.
-    concepts: the English names that labels count.
-    styles: the artist of each picture, B of them.
+    Attributes:
+        images: [B, C, R, R] in [0, 1]; C is 4 (straight alpha) or 3 (on a background).
+        labels: [B], index into ``concepts``.
+        concepts: the English names that labels count.
+        styles: the artist of each picture, B of them.
     """
 
     images: Float[Tensor, "B C R R"]
@@ -91,13 +92,17 @@ def load_emoji(
 ) -> EmojiSet:
     """Load every picture that these artists drew of these concepts.
 
-    styles, concepts: a name or several; None is all concepts. What an artist did not
-        draw is left out.
-    size: R, pixels a side; the sheets hold 48.
-    background: None gives RGBA [B, 4, R, R]; a colour gives RGB [B, 3, R, R].
+    The order is by style, then by concept, both as given. What an artist did not draw
+    is left out.
 
-    The order is by style, then by concept, both as given. Raises ValueError for an
-    unknown or repeated name and for a size below 1.
+    Args:
+        styles: a name of ``STYLES`` or several.
+        concepts: a name of ``CONCEPTS`` or several; None is all of them.
+        size: R, pixels a side; the sheets hold 48.
+        background: None gives RGBA [B, 4, R, R]; a colour gives RGB [B, 3, R, R].
+
+    Raises:
+        ValueError: for an unknown or repeated name and for a size below 1.
     """
     styles = _known("style", styles, STYLES)
     concepts = _known("concept", CONCEPTS if concepts is None else concepts, CONCEPTS)
@@ -129,7 +134,10 @@ def names(
 ) -> tuple[str, ...]:
     """Name the concepts (English names; None is all) in a language of LANGUAGES.
 
-    Source: Unicode CLDR. Raises ValueError for an unknown language or concept.
+    Source: Unicode CLDR.
+
+    Raises:
+        ValueError: for an unknown language or concept.
     """
     (language,) = _known("language", language, LANGUAGES)
     concepts = _known("concept", CONCEPTS if concepts is None else concepts, CONCEPTS)
@@ -141,7 +149,10 @@ def keywords(
 ) -> tuple[tuple[str, ...], ...]:
     """List words that go with each concept, in a language of LANGUAGES.
 
-    Source: Unicode CLDR. Raises ValueError for an unknown language or concept.
+    Source: Unicode CLDR.
+
+    Raises:
+        ValueError: for an unknown language or concept.
     """
     (language,) = _known("language", language, LANGUAGES)
     concepts = _known("concept", CONCEPTS if concepts is None else concepts, CONCEPTS)
@@ -158,14 +169,18 @@ def place(
 ) -> EmojiSet:
     """Put each sprite at a random place and scale in a frame: the augmentation.
 
-    sprites: pictures with alpha, [B, 4, R, R]. They never leave the frame.
-    seed: the same seed gives the same bytes on every machine, since pixels are
-        reckoned in integers. Row i depends on the seed, i and sprite i only.
-    size: pixels a side of the frame.
-    scale: smallest and largest side of a sprite, as a share of the frame's.
-    background: "random" draws one colour a picture; else as in `load_emoji`.
+    The same seed gives the same bytes on every machine, since pixels are reckoned in
+    integers. Row i depends on the seed, i and sprite i only.
 
-    Raises ValueError if sprites have no alpha or a number is out of range.
+    Args:
+        sprites: pictures with alpha, [B, 4, R, R]. They never leave the frame.
+        seed: of this draw of places, scales and colours.
+        size: pixels a side of the frame.
+        scale: smallest and largest side of a sprite, as a share of the frame's.
+        background: "random" draws one colour a picture; else as in ``load_emoji``.
+
+    Raises:
+        ValueError: if sprites have no alpha or a number is out of range.
     """
     if (channels := sprites.images.shape[1]) != 4:
         raise ValueError(

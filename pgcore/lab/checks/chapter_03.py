@@ -17,6 +17,7 @@ def random_logits(n: int, seed: int) -> Tensor:
 
 
 def loss_by_torch(logits: Tensor) -> Tensor:
+    """The oracle: torch's binary cross-entropy, summed, a picture."""
     labels = torch.eye(len(logits))
     total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     return total / len(logits)
@@ -46,6 +47,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def require_loss(loss, names: str) -> None:
+    """Compare a loss of logits with the oracle, on batches of several sizes."""
     for n in (1, 2, 7, 40):
         logits = random_logits(n, seed=n)
         require_close(loss(logits), loss_by_torch(logits), f"{names} (B = {n})")
@@ -151,6 +153,7 @@ def bias_has_no_slope(best_bias):
 
 
 def strangers(n: int, m: int, seed: int) -> list[Tensor]:
+    """Pictures and captions that do not belong together, a scale and a bias."""
     generator = torch.Generator().manual_seed(seed)
     inputs = [
         torch.randn(n, 16, generator=generator),
@@ -162,6 +165,7 @@ def strangers(n: int, m: int, seed: int) -> list[Tensor]:
 
 
 def cost_by_torch(images, texts, log_scale, bias):
+    """The oracle for a block without matches."""
     unit_images, unit_texts = F.normalize(images, dim=1), F.normalize(texts, dim=1)
     logits = log_scale.exp() * unit_images @ unit_texts.T + bias
     none_match = torch.zeros_like(logits)
