@@ -20,6 +20,7 @@ PYTEST = $(BIN)/python -m pytest --quiet
 # Two threads, as when the chapters were rendered: sums come out the same.
 export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: book serve test lint unit notebooks pages lab chapters colab soak links clean
 .DEFAULT_GOAL := book

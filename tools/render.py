@@ -128,6 +128,7 @@ def execute(chapter: Chapter) -> float:
             "IPYTHONDIR": ipython_dir,
             "OMP_NUM_THREADS": THREADS,
             "MKL_NUM_THREADS": THREADS,
+            "OMP_WAIT_POLICY": "passive",  # spinning threads starve a busy machine
             "PYTHONHASHSEED": "0",
         }
         client = NotebookClient(
