@@ -8,26 +8,36 @@
 #   make colab      run the chapters as Colab does (CH=02 for one)
 #   make soak       the slow checks: every page at every size, many more random cases
 #   make links      follow every link that leaves the book (needs the network)
+#   make clean      remove the built pages and the environment
 
 PYTHON ?= python3
 PORT ?= 8000
 CH ?=
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-# uv does not read pip's configuration: hand it the wheels that pip would find.
+# uv does not read pip's configuration: hand it the folders where pip finds wheels.
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
-	--constraint constraints.txt $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))
+	--constraint $(CONSTRAINTS) $(foreach folder,$(PIP_FIND_LINKS),--find-links $(folder))
 PYTEST = $(BIN)/python -m pytest --quiet
-# Two threads, as when the chapters were rendered: sums come out the same.
+SHAPES = --jaxtyping-packages=pgcore,beartype.beartype
+# As when the chapters were rendered: two threads, so that sums come out the same, and
+# none that spins while it waits, which starves a busy machine.
 export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: book serve test lint unit notebooks pages lab chapters colab soak links clean
 .DEFAULT_GOAL := book
+.NOTPARALLEL: # one environment, two cores
 
+# From nothing each time: warnings of a page that was not read again would be lost.
 book: .venv/.book
-	@$(BIN)/jupyter-book build . -W --keep-going --quiet
-	@echo "The book: file://$(CURDIR)/_build/html/index.html  (make serve shows it in a browser)"
+	@rm -rf _build/html _build/.doctrees
+	@echo "Building the book ..."
+	@$(BIN)/jupyter-book build . -W --keep-going --quiet > _build.log 2>&1 \
+		|| { cat _build.log; rm -f _build.log; exit 1; }
+	@rm -f _build.log
+	@echo "The book: file://$(CURDIR)/_build/html/index.html  (make serve shows it)"
 
 serve: book
 	$(BIN)/python -m http.server --directory _build/html $(PORT)
@@ -35,15 +45,14 @@ serve: book
 test: .venv/.dev lint unit notebooks book pages
 
 lint: .venv/.dev
-	$(BIN)/ruff check pgcore tools tests
-	$(BIN)/ruff format --check pgcore tools tests
+	$(BIN)/ruff check --quiet pgcore tools tests
+	$(BIN)/ruff format --quiet --check pgcore tools tests
 	$(BIN)/basedpyright --level error
 	$(BIN)/python tools/export.py --check
 	$(BIN)/python tools/render.py --check
 
 unit: .venv/.dev
-	$(PYTEST) tests --jaxtyping-packages=pgcore,beartype.beartype \
-		--ignore tests/test_pages.py --ignore tests/test_colab.py
+	$(PYTEST) tests $(SHAPES) --ignore tests/test_pages.py --ignore tests/test_colab.py
 
 notebooks: .venv/.dev
 	$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 chapters
@@ -61,8 +70,7 @@ colab: .venv/.dev
 	PGCORE_COLAB="$(or $(CH),all)" $(PYTEST) tests/test_colab.py
 
 soak: .venv/.dev book
-	HYPOTHESIS_PROFILE=soak PGCORE_PAGES=all $(PYTEST) tests \
-		--jaxtyping-packages=pgcore,beartype.beartype
+	HYPOTHESIS_PROFILE=soak PGCORE_PAGES=all $(PYTEST) tests $(SHAPES)
 
 links: .venv/.book
 	$(BIN)/jupyter-book build . --builder linkcheck
@@ -71,21 +79,25 @@ clean:
 	rm -rf _build .venv
 
 $(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"Python 3.11 or later is needed, this is " + sys.version.split()[0] + \
+		"; name another one with: make PYTHON=python3.12")'
 	@echo "Creating .venv ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet uv
 
-.venv/.book: pyproject.toml constraints.txt | $(BIN)/uv
+.venv/.book: pyproject.toml $(CONSTRAINTS) | $(BIN)/uv
 	@echo "Installing what building the book needs ..."
-	@$(BIN)/python tools/requirements.py book | $(INSTALL) -r -
+	@$(BIN)/python tools/requirements.py book > .venv/book.txt
+	@$(INSTALL) -r .venv/book.txt
 	@touch $@
 
-.venv/.lab: pyproject.toml constraints.txt | $(BIN)/uv
+.venv/.lab: pyproject.toml $(CONSTRAINTS) | $(BIN)/uv
 	@echo "Installing what running the chapters needs ..."
 	@$(INSTALL) -e ".[lab]"
 	@touch $@
 
-.venv/.dev: pyproject.toml constraints.txt | $(BIN)/uv
+.venv/.dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/uv
 	@echo "Installing everything ..."
 	@$(INSTALL) -e ".[dev]"
 	@touch $@ .venv/.book .venv/.lab

@@ -2,9 +2,9 @@
 # Edit the notebook, then run "make chapters".
 """Softmax and its relatives, written so that they cannot overflow.
 
-Every function subtracts the maximum of a row before it takes exponentials.
-Then each exponent is at most 0, and the sum of n exponentials lies between
-1 and n. Half precision is computed in float32 and rounded once, at the end.
+Every function first subtracts the maximum of a row. Then each exponent
+is at most 0, and the sum of n exponentials lies between 1 and n. Half
+precision is computed in float32 and rounded once, at the end.
 
 Where all of a row is masked (``-inf``), weights are 0, their logarithms
 and the log-sum are ``-inf``, and no gradient is NaN. A NaN or ``+inf``
@@ -52,7 +52,8 @@ def softmax(scores: Float[Tensor, "*axes"], dim: int = -1) -> Float[Tensor, "*ax
     """
     shifted, _ = _shifted(scores, dim)
     exponentials = shifted.exp()
-    # At least 1, except that it is 0 in a fully masked row.
+    # At least 1, except that it is 0 in a fully masked row. At just 1
+    # clamp() passes all of the gradient, torch.maximum() only half.
     total = exponentials.sum(dim, keepdim=True).clamp(min=1)
     return (exponentials / total).to(scores.dtype)
 
@@ -90,7 +91,7 @@ def log_softmax(
 
 
 def logsigmoid(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """log(sigmoid(x)), finite for every finite ``x``; same shape and dtype.
+    """log(sigmoid(x)), finite for finite ``x``; same shape and dtype.
 
     Raises: ValueError for integers.
     Source: minus the shifted log-sum-exp of the two scores 0 and -x.
@@ -98,9 +99,13 @@ def logsigmoid(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     Built in chapter 02, Softmax that never overflows.
     """
     wide = _widened("x", x)
-    # At a tie minimum() splits the gradient: the slope at 0 is 1/2.
-    low = torch.minimum(wide, torch.zeros_like(wide))
-    return (low - torch.log1p(torch.exp(-wide.abs()))).to(x.dtype)
+    # Two smooth formulas: min(x, 0) and |x| have kinks at 0. No exp()
+    # sees a large number, so nothing infinite waits in the gradient.
+    low = wide.masked_fill(wide > 0, 0.0)
+    high = wide.masked_fill(wide < 0, 0.0)
+    left = low - torch.log1p(low.exp())
+    right = -torch.log1p((-high).exp())
+    return torch.where(wide < 0, left, right).to(x.dtype)
 
 
 def cross_entropy(
@@ -111,12 +116,13 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean of -log softmax(logits)[target] over the targets that count.
 
-    Shapes: one target for each row of logits, a class or ``ignore_index``.
-    Half-precision logits give a float32 loss. If no target counts, the loss
-    and its gradient are 0 (torch: NaN). ``label_smoothing`` is the share of
-    each target that is spread evenly over all classes.
-    Raises: ValueError for shapes that differ, targets that are no integers,
-    smoothing outside [0, 1]. A target out of range fails inside torch.
+    Shapes: one target for each row of logits, a class or
+    ``ignore_index``. Half-precision logits give a float32 loss. If no
+    target counts, the loss and its gradient are 0 (torch: NaN).
+    ``label_smoothing`` is the share of each target that is spread
+    evenly over all classes.
+    Raises: ValueError for shapes that differ, targets that are no
+    integers, smoothing outside [0, 1]; from torch, targets out of range.
     Source: ``torch.nn.functional.cross_entropy``, reduction "mean".
 
     Built in chapter 02, Softmax that never overflows.
@@ -136,7 +142,8 @@ def cross_entropy(
     losses = -log_weights.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
     if label_smoothing:  # else 0 * -inf, for a masked class, is NaN
         spread = -log_weights.mean(-1)
-        losses = (1 - label_smoothing) * losses + label_smoothing * spread
+        losses = (1 - label_smoothing) * losses
+        losses = losses + label_smoothing * spread
     count = (~ignored).sum().clamp(min=1)
     return losses.masked_fill(ignored, 0).sum() / count
 
@@ -145,7 +152,7 @@ class SoftmaxState(NamedTuple):
     """What an online softmax remembers of the scores it has seen.
 
     ``maximum`` is the largest score m, ``-inf`` if there was none.
-    ``total`` is the sum of exp(score - m): 0 if there was none, else >= 1.
+    ``total`` is the sum of exp(score - m): 0 if none, else at least 1.
     ``weighted`` is the sum of exp(score - m) * value.
     Source: Milakov and Gimelshein 2018; with values, Dao et al. 2022.
 
@@ -168,7 +175,7 @@ def softmax_state(
 ) -> SoftmaxState:
     """The state of one block; (-inf, 0, 0) if all of it is masked.
 
-    Raises: ValueError for integers, no scores, shapes that do not match.
+    Raises: ValueError for integers, no scores, shapes that differ.
     Source: Dao et al. 2022, one block of keys and values.
 
     Built in chapter 02, Softmax that never overflows.
@@ -182,12 +189,14 @@ def softmax_state(
     shifted, maximum = _shifted(scores, -1)
     exponentials = shifted.exp()
     weighted = exponentials @ values.to(exponentials.dtype)
-    return SoftmaxState(maximum.squeeze(-1), exponentials.sum(-1), weighted)
+    total = exponentials.sum(-1)
+    return SoftmaxState(maximum.squeeze(-1), total, weighted)
 
 
 def merge_softmax_states(left: SoftmaxState, right: SoftmaxState) -> SoftmaxState:
-    """The state of two blocks together: associative, commutative.
+    """The state of two blocks together.
 
+    Associative and commutative, up to rounding.
     Raises: ValueError if the shapes of the states differ.
     Source: Milakov and Gimelshein 2018, the parallel form.
 

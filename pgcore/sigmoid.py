@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pgcore.contrastive import contrastive_logits
 
-INITIAL_LOG_SCALE = math.log(10.0)  # logits start as 10 times the cosine
+INITIAL_LOG_SCALE = math.log(10.0)  # logits start as 10 * cosine
 INITIAL_BIAS = -10.0  # the prior of a batch of 22027: -log(22026)
 
 
@@ -33,15 +33,17 @@ def siglip_loss(
 
     Shapes: row i of images and row i of texts belong together, no other
     two do; the vectors need not be normalised. The sum is in nats, in
-    float32 at least. A batch of one is one match and no mismatch.
+    float32 at least, also under autocast. A batch of one is one match
+    and no mismatch.
 
-    Raises ValueError for an empty batch, different counts or widths, or
-    integers. A NaN anywhere makes the loss NaN.
+    Raises ValueError for an empty batch, different counts or widths,
+    integers, or more than one scale or bias. A NaN anywhere makes the
+    loss NaN.
     Source: Zhai et al. (2023), section 3.2 and Algorithm 1.
 
     Built in chapter 03, Sigmoid loss.
     """
-    _require_pairs(images, texts)
+    _require_pairs(images, texts, bias)
     ids = torch.arange(len(images), device=images.device)
     cost = _cost_of_block(images, texts, log_scale, bias, ids, ids)
     return cost / len(images)
@@ -61,11 +63,19 @@ def _cost_of_block(
     return -F.logsigmoid(torch.where(is_match, logits, -logits)).sum()
 
 
-def _require_pairs(images: Tensor, texts: Tensor) -> None:
+def _require_pairs(images: Tensor, texts: Tensor, bias: float | Tensor) -> None:
+    for name, x in (("images", images), ("texts", texts)):
+        if x.ndim != 2:
+            raise ValueError(
+                f"{name}: expected one vector a row, got shape {tuple(x.shape)}"
+            )
     if len(images) != len(texts):
         raise ValueError(
             f"images and texts: expected pairs, got {len(images)} and {len(texts)}"
         )
+    bias = torch.as_tensor(bias)
+    if bias.numel() != 1:
+        raise ValueError(f"bias: expected one number, got shape {tuple(bias.shape)}")
 
 
 def siglip_loss_chunked(
@@ -80,20 +90,21 @@ def siglip_loss_chunked(
 
     Value and gradients are the same up to the order of the sums. No
     block is kept for the backward pass: it is computed again there, so
-    the multiplications are 4/3 as many. What is held grows with B, not
-    with B x B.
+    there are 4/3 as many matrix products. What is held grows with B,
+    not with B x B. Not under torch.func, which cannot recompute.
 
     Shapes: as ``siglip_loss``. A block has chunk_size pictures and as
     many captions; chunk_size need not divide B, and may exceed it.
 
-    Raises ValueError as ``siglip_loss``, and for chunk_size below 1.
+    Raises ValueError as ``siglip_loss``, and unless chunk_size is an
+    int of at least 1.
     Source: Zhai et al. (2023), section 3.3, on one device.
 
     Built in chapter 03, Sigmoid loss.
     """
-    _require_pairs(images, texts)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    _require_pairs(images, texts, bias)
+    if type(chunk_size) is not int or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected an int, at least 1, got {chunk_size!r}")
     ids = torch.arange(len(images), device=images.device)
     ids = ids.split(chunk_size)
     rows = zip(images.split(chunk_size), ids, strict=True)

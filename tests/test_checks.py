@@ -4,9 +4,10 @@ import re
 from importlib import import_module
 
 import pytest
+import torch
 from chapter import all_chapters
 
-from pgcore.lab.checks import CheckFailed, check, checks_of
+from pgcore.lab.checks import CheckFailed, check, checks_of, require_close
 
 ANSWERS = {
     chapter.number: import_module(f"tests.wrong_answers.chapter_{chapter.number}")
@@ -71,3 +72,35 @@ def test_an_unknown_exercise_is_a_value_error(exercise_id):
 
 def test_a_notebook_shows_one_line_instead_of_a_traceback():
     assert CheckFailed("02.1: no")._render_traceback_() == ["✗ 02.1: no"]
+
+
+ONE_TWO = torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("actual", "message"),
+    [
+        (torch.tensor([1.0, 2.1]), r"at index \[1\] expected 2, got 2.1"),
+        (torch.tensor([[1.0, 2.0]]), r"expected shape \(2,\), got \(1, 2\)"),
+        (torch.tensor([1.0, float("nan")]), "expected 2, got nan"),
+        ([1.0, 2.0], "expected a tensor, got list"),
+        (None, "expected a tensor, got NoneType"),
+    ],
+)
+def test_a_check_says_what_differs(actual, message):
+    with pytest.raises(CheckFailed, match=message):
+        require_close(actual, ONE_TWO)
+
+
+def test_a_check_accepts_equal_tensors_of_any_kind():
+    require_close(ONE_TWO.double().requires_grad_(), ONE_TWO)
+    require_close(torch.tensor(float("nan")), torch.tensor(float("nan")))
+
+
+def test_a_missing_dependency_of_a_check_is_not_a_missing_exercise(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr("pgcore.lab.checks.import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="scipy"):
+        checks_of("02.1")

@@ -12,18 +12,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from chapter import ROOT, all_chapters, repository
+from chapter import ROOT, all_chapters, repository, select
 from nbclient import NotebookClient
 
 COLAB_HAS = [
     "torch", "numpy", "matplotlib", "pillow", "scipy", "ipykernel", "pip", "setuptools"
 ]  # fmt: skip
-CHOSEN = os.environ.get("PGCORE_COLAB")
-CHAPTERS = [
-    chapter
-    for chapter in all_chapters()
-    if CHOSEN == "all" or chapter.number == (CHOSEN or "02")
-]
+CHOSEN = os.environ.get("PGCORE_COLAB", "02")
+CHAPTERS = all_chapters() if CHOSEN == "all" else select([CHOSEN])
 
 
 def pinned(name: str) -> str:

@@ -47,9 +47,55 @@ def test_pixels_are_clipped_and_channels_last():
     np.testing.assert_array_equal(pixels, [[[0.0, 0.5, 1.0]]])
 
 
-def test_colours_of_the_book_can_be_told_apart():
-    """Also by a reader who sees no red and green: their luminance or hue differ."""
+# How a reader without red (protanopia) or green (deuteranopia) cones sees linear RGB:
+# Machado, Oliveira and Fernandes 2009, severity 1.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+}
+
+
+def lab(colour: str, eyes: np.ndarray) -> np.ndarray:
+    """A colour in CIE Lab (D65), as these eyes see it."""
+    rgb = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
+    )
+    white = to_xyz @ np.ones(3)
+    ratio = to_xyz @ (eyes @ linear).clip(0, 1) / white
+    f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eyes", BLINDNESS.values(), ids=BLINDNESS)
+def test_colours_of_the_book_can_be_told_apart(eyes):
     named = [figures.IMAGE, figures.TEXT, figures.RIGHT, figures.WRONG, figures.NEUTRAL]
-    rgb = np.array([matplotlib.colors.to_rgb(colour) for colour in named])
-    distance = np.abs(rgb[:, None] - rgb[None]).sum(-1) + np.eye(len(named))
-    assert distance.min() > 0.3
+    seen = np.array([lab(colour, eyes) for colour in named])
+    distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+    assert distance[np.triu_indices(len(named), 1)].min() >= 12
+    right_from_wrong = lab(figures.RIGHT, eyes) - lab(figures.WRONG, eyes)
+    assert np.linalg.norm(right_from_wrong) >= 20
+
+
+@pytest.mark.parametrize(("pictures", "titles"), [(0, []), (1, ["a", "b"])])
+def test_no_picture_or_too_many_titles_is_an_error(pictures, titles):
+    with pytest.raises(ValueError, match=f"got {pictures} pictures and {len(titles)}"):
+        figures.show_pictures(torch.rand(pictures, 3, 4, 4), titles)

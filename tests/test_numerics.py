@@ -31,6 +31,8 @@ ALONG_A_ROW = [
 ]
 HEIGHTS = [0.0, 1e2, -1e2, 1e4, -1e4]
 HALF = [torch.float16, torch.bfloat16]
+# Here the sum of the exponentials is exactly 1, where its guard has a tie.
+DOMINATED = [[0.0, -200.0], [7.0], [3.0, -inf], [0.0, -17.5]]
 FULLY_MASKED = torch.tensor([[1.0, 2.0, -inf], [-inf, -inf, -inf]])
 
 
@@ -44,6 +46,14 @@ def gradient(function, x, weights=None):
     result = function(x)
     weights = torch.ones_like(result) if weights is None else weights
     return torch.autograd.grad((weights * result).sum(), x)[0]
+
+
+def assert_same_jacobian(ours, oracle, row):
+    jacobian = torch.autograd.functional.jacobian
+    actual, expected = (
+        jacobian(lambda x, f=f: f(x, -1), torch.tensor(row)) for f in (ours, oracle)
+    )
+    close(actual, expected)
 
 
 # The parity tests are functions, so that each wrong twin can be fed to the one that
@@ -61,6 +71,8 @@ def assert_softmax_parity(fn):
     close(fn(high).double(), torch.softmax(high.double(), -1), atol=0)
     close(fn(FULLY_MASKED)[1], torch.zeros(3))
     assert gradient(lambda x: fn(x)[:1], FULLY_MASKED).isfinite().all()
+    for row in DOMINATED:
+        assert_same_jacobian(fn, torch.softmax, row)
 
 
 def assert_log_softmax_parity(fn):
@@ -75,6 +87,8 @@ def assert_logsigmoid_parity(fn):
     close(fn(x), F.logsigmoid(x))
     close(fn(torch.arange(1.0, 80.0)), F.logsigmoid(torch.arange(1.0, 80.0)), atol=0)
     assert torch.equal(gradient(fn, torch.zeros(3)), torch.full((3,), 0.5))
+    hessian = torch.autograd.functional.hessian(fn, torch.tensor(0.0))
+    assert hessian == -0.25
 
 
 def assert_cross_entropy_parity(fn):
@@ -300,6 +314,24 @@ def test_gradcheck(fn):
     assert torch.autograd.gradgradcheck(fn, x)
 
 
+@pytest.mark.parametrize("row", DOMINATED, ids=str)
+@pytest.mark.parametrize(("ours", "oracle"), ALONG_A_ROW)
+def test_gradients_where_one_score_dominates(ours, oracle, row):
+    assert_same_jacobian(ours, oracle, row)
+
+
+@pytest.mark.parametrize("row", DOMINATED, ids=str)
+def test_gradients_of_a_state_where_one_score_dominates(row):
+    values = torch.eye(len(row))
+
+    def output(scores, dim):
+        state = softmax_state(scores[None], values)
+        empty = softmax_state(torch.full_like(scores, -inf)[None], values)
+        return merge_softmax_states(state, empty).output[0]
+
+    assert_same_jacobian(output, torch.softmax, row)
+
+
 @pytest.mark.parametrize("fn", [softmax, logsumexp])
 def test_a_fully_masked_row_has_gradient_zero(fn):
     assert (gradient(fn, FULLY_MASKED)[1] == 0).all()
@@ -327,6 +359,17 @@ def test_gradient_of_the_loss_is_weights_minus_answers():
 def test_logsigmoid_slope_everywhere():
     x = torch.tensor([-inf, -200.0, -1.0, -0.0, 0.0, 1.0, 200.0, inf])
     close(gradient(logsigmoid, x), torch.sigmoid(-x), atol=1e-30)
+    assert gradient(logsigmoid, torch.tensor([nan])).isnan().all()
+
+
+def test_logsigmoid_second_derivative_everywhere():
+    x = torch.tensor([-inf, -200.0, -1.0, -0.0, 0.0, 1.0, 200.0, inf])
+    for dtype in (torch.float32, torch.float64):
+        hessian = torch.autograd.functional.hessian(
+            lambda x: logsigmoid(x).sum(), x.to(dtype)
+        )
+        sigmoid = torch.sigmoid(x.to(dtype))
+        close(hessian.diagonal(), -sigmoid * (1 - sigmoid))
 
 
 # Cross-entropy
@@ -370,6 +413,12 @@ def test_masked_classes():
             logits, torch.tensor([target]), label_smoothing=smoothing
         )
         close(loss, oracle)
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_target_out_of_range_fails_inside_torch(target):
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        cross_entropy(torch.zeros(2, 3), torch.tensor([0, target]))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int64])

@@ -92,7 +92,7 @@ def test_chunked_equals_binary_cross_entropy(chunk_size):
 
 @pytest.mark.parametrize("twin", LOSS_TWINS, ids=lambda twin: twin.__name__)
 def test_wrong_twins_fail_the_parity_test(twin):
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError):
         assert_parity(twin)
 
 
@@ -332,6 +332,20 @@ def test_bfloat16_is_summed_in_float32():
         assert_close([value], [expected], 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [siglip_loss, siglip_loss_chunked])
+def test_autocast_does_not_narrow_the_loss(loss, dtype):
+    """Not in the product, the scale, or the bias; nor in the second computation."""
+    options = {"chunk_size": 5} if loss is siglip_loss_chunked else {}
+    inputs = draw(16, 8, bias=-4.14, dtype=dtype)
+    outside = value_and_gradients(loss, inputs, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(*inputs, **options)
+    inside = value, *torch.autograd.grad(value, inputs)
+    assert inside[0].dtype == outside[0].dtype == torch.float32
+    assert_close(inside, outside, 1e-6)
+
+
 def test_a_sure_mistake_stays_finite():
     images = torch.ones(2, 3)
     value = siglip_loss(images, -images, math.log(1e6), 0.0)
@@ -351,6 +365,8 @@ BAD = {
     "empty": (torch.ones(0, 4), torch.ones(0, 4)),
     "widths differ": (torch.ones(3, 4), torch.ones(3, 5)),
     "one vector": (torch.ones(4), torch.ones(4)),
+    "one number": (torch.tensor(1.0), torch.tensor(1.0)),
+    "a picture and a number": (torch.ones(3, 4), torch.tensor(1.0)),
     "integers": (torch.ones(3, 4).long(), torch.ones(3, 4).long()),
 }
 
@@ -363,10 +379,30 @@ def test_a_bad_batch_is_a_value_error(pair, as_user):
         siglip_loss_chunked(*pair, torch.tensor(0.0), torch.tensor(0.0), chunk_size=2)
 
 
-@pytest.mark.parametrize("chunk_size", [0, -1])
-def test_a_bad_chunk_size_is_a_value_error(chunk_size):
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "2", None])
+def test_a_bad_chunk_size_is_a_value_error(chunk_size, as_user):
     with pytest.raises(ValueError, match="chunk_size.*at least 1, got"):
         siglip_loss_chunked(*draw(3, 4), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("which, name", [(2, "log_scale"), (3, "bias")])
+def test_more_than_one_scale_or_bias_is_a_value_error(which, name, as_user):
+    inputs = draw(3, 4)
+    inputs[which] = torch.zeros(3)
+    for loss in (siglip_loss, lambda *x: siglip_loss_chunked(*x, chunk_size=2)):
+        with pytest.raises(ValueError, match=f"{name}: expected one number, got .*3,"):
+            loss(*inputs)
+
+
+def test_one_scale_and_bias_may_have_an_axis(as_user):
+    """As the parameters of Hugging Face's SiglipModel do."""
+    images, texts, log_scale, bias = draw(5, 4)
+    boxed = log_scale[None], bias[None]
+    whole = siglip_loss(images, texts, *boxed)
+    parts = siglip_loss_chunked(images, texts, *boxed, chunk_size=2)
+    expected = siglip_loss(images, texts, log_scale, bias)
+    assert whole.shape == parts.shape == ()
+    assert_close([whole, parts], [expected, expected], 1e-12)
 
 
 @pytest.mark.parametrize("loss", [siglip_loss, siglip_loss_chunked])

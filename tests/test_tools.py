@@ -1,7 +1,12 @@
 """The author's tools: from chapters to modules, and from code to rendered notebooks."""
 
+import base64
+import io
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import chapter as chapter_tool
 import export
@@ -12,6 +17,7 @@ import render
 import stamp
 from chapter import Chapter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -108,7 +114,8 @@ def test_an_import_of_a_later_chapter_is_refused(write_chapter, source):
 def test_an_import_of_an_earlier_chapter_is_welcome(write_chapter):
     write_chapter("#| export\nA = 1", number="02", module="numerics")
     cell = "#| export\nfrom pgcore.numerics import A\nB = A"
-    assert "from pgcore.numerics import A" in exported(write_chapter(cell))
+    text = exported(write_chapter(MODULE_CELL, cell))
+    assert "from pgcore.numerics import A" in text
 
 
 @pytest.mark.parametrize("wing", ["lab", "lab.figures", "cli", "api", "recipes"])
@@ -134,7 +141,7 @@ def test_solution_marks_do_not_reach_the_module(write_chapter):
         "#| export\ndef f(x):\n    '''Do.'''\n    ### BEGIN SOLUTION\n"
         "    return x\n    ### END SOLUTION"
     ).replace("'''", '"""')
-    assert "SOLUTION" not in exported(write_chapter(cell))
+    assert "SOLUTION" not in exported(write_chapter(MODULE_CELL, cell))
 
 
 def test_marked_cells_need_a_module_name(write_chapter):
@@ -143,20 +150,43 @@ def test_marked_cells_need_a_module_name(write_chapter):
         export.modules_of(chapter)
 
 
-def test_the_committed_modules_are_those_of_the_chapters():
-    command = [sys.executable, str(ROOT / "tools" / "export.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "#| exports\nA = 1",
+        "\n#| export\nA = 1",
+        "# first\n#| export\nA = 1",
+        "#|export",
+    ],
+)
+def test_what_looks_like_a_directive_must_be_one(write_chapter, cell):
+    chapter = write_chapter(MODULE_CELL, cell)
+    with pytest.raises(ValueError, match="is no directive"):
+        export.modules_of(chapter)
 
 
-def test_the_check_notices_a_module_edited_by_hand(monkeypatch, tmp_path, capsys):
-    chapters = [c for c in chapter_tool.all_chapters() if c.module]
-    (path, text), *_ = export.modules_of(chapters[0]).items()
-    changed = {path: text + "# edited\n"}
-    monkeypatch.setattr(export, "modules_of", lambda chapter: changed)
-    monkeypatch.setattr(sys, "argv", ["export.py", "--check", chapters[0].number])
-    assert export.main() == 1
-    assert "out of date" in capsys.readouterr().out
+@pytest.mark.parametrize("module", ["lab", "cli", "lab/emoji", "_private", "two words"])
+def test_a_module_must_have_a_name_of_its_own(write_chapter, module):
+    with pytest.raises(ValueError, match="cannot be the name of its module"):
+        export.modules_of(write_chapter(MODULE_CELL, module=module))
+
+
+def test_two_chapters_cannot_build_one_module(write_chapter):
+    write_chapter(MODULE_CELL, number="02", module="numerics")
+    chapter = write_chapter(MODULE_CELL, number="03", module="numerics")
+    with pytest.raises(ValueError, match="02_topic.ipynb and chapters/03_topic.ipynb"):
+        export.modules_of(chapter)
+
+
+def test_a_module_without_docstring_is_refused(write_chapter):
+    with pytest.raises(ValueError, match="no docstring for the module"):
+        export.modules_of(write_chapter("#| export\nA = 1"))
+
+
+def test_letters_beyond_ascii_do_not_confuse_the_docstring(write_chapter):
+    cell = '#| export\ndef f(x):\n    """Scale by σ → x."""\n    return x'
+    text = exported(write_chapter(MODULE_CELL, cell))
+    assert '"""Scale by σ → x.\n\n    Built in chapter 05, A title.\n    """' in text
 
 
 def test_the_stamp_follows_code_and_modules_but_not_prose(write_chapter):
@@ -174,8 +204,15 @@ def test_the_stamp_covers_what_the_modules_import_and_load():
     assert "pgcore/assets/emoji/twemoji.webp" in names
 
 
+@pytest.mark.parametrize(
+    ("name", "count"), [(".", 0), ("..", 0), ("emoji/noto.webp", 1), ("nothing", 0)]
+)
+def test_a_string_stands_for_an_asset_only_if_it_names_one(name, count):
+    assert len(stamp.files_of_asset(name)) == count
+
+
 def test_the_stamp_sees_through_magics():
-    source = stamp.without_magics("%load_ext pgcore.lab\nif 1:\n    %pip install x")
+    source = stamp.as_python("%load_ext pgcore.lab\nif 1:\n    %pip install x")
     names = {p.name for p in stamp.files_behind(source)}
     assert "figures.py" in names
 
@@ -202,6 +239,103 @@ PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmM"
     "IQAAAABJRU5ErkJggg=="
 )
+
+
+def test_a_picture_is_put_on_white_once(write_chapter):
+    first = normalise.smaller_png(PIXEL)
+    assert normalise.smaller_png(first) is first
+    with Image.open(io.BytesIO(base64.b64decode(first))) as image:
+        assert image.mode == "RGB" and image.getpixel((0, 0)) != (0, 0, 0)
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A whole book of one chapter in a folder of its own, and its tools."""
+    no_caches = shutil.ignore_patterns("__pycache__")
+    for folder in ("tools", "pgcore/lab", "pgcore/assets/emoji"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=no_caches)
+    for name in ("__init__.py", "lab/museum/__init__.py"):
+        (tmp_path / "pgcore" / name).write_bytes((ROOT / "pgcore" / name).read_bytes())
+    for path in (tmp_path / "pgcore/lab/museum").glob("[a-z]*.py"):
+        path.unlink()
+    for name in ("_config.yml", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    cells = [
+        new_markdown_cell("# A title\n\nPromise.\n\n[Open in Colab](colab)"),
+        new_code_cell("# setup", metadata={"tags": ["setup"]}),
+        new_code_cell('#| export\n"""A module."""\n\nimport math\n\nA = math.pi'),
+        new_code_cell("print(A)"),
+    ]
+    metadata = {"pgcore": {"module": "circle"}}
+    (tmp_path / "chapters").mkdir()
+    path = tmp_path / "chapters" / "01_circle.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), path)
+
+    def run(tool: str, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, tmp_path / "tools" / tool, *arguments],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    return path, run
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf8")
+
+
+def test_from_notebook_to_module_to_page_and_back(book):
+    """One long story, because each step starts where the last one ended."""
+    notebook, run = book
+    module = notebook.parents[1] / "pgcore" / "circle.py"
+
+    assert run("render.py", "--check").returncode == 1
+    assert run("render.py").returncode == 0
+    assert "A = math.pi" in module.read_text()
+    first = notebook.read_bytes()
+    assert b"colab.research.google.com" in first and b"3.14159" in first
+    assert run("render.py", "--check").returncode == 0
+    assert run("export.py", "--check").returncode == 0
+
+    assert run("render.py", "--force").returncode == 0
+    assert notebook.read_bytes() == first, "rendering twice gives the same file"
+
+    edit(notebook, "3.14159", "3.00000")
+    assert "not made by this command" in run("render.py", "--check").stdout
+    assert run("render.py").returncode == 0
+    assert notebook.read_bytes() == first
+
+    edit(notebook, "git+https://", "git+http://")
+    assert "not normalised" in run("render.py", "--check").stdout
+    assert run("render.py").returncode == 0
+
+    edit(module, "math.pi", "3.0")
+    assert "out of date: pgcore/circle.py" in run("export.py", "--check").stdout
+    assert run("export.py").returncode == 0 and "math.pi" in module.read_text()
+
+    edit(notebook, "print(A)", "print(1 / 0)")
+    before = notebook.read_bytes()
+    failed = run("render.py")
+    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr
+    assert notebook.read_bytes() == before, "a failed run leaves the notebook alone"
+
+    notebook.unlink()
+    assert run("export.py", "--check").returncode == 1
+    assert run("export.py").returncode == 0
+    assert not module.exists(), "a module without a chapter goes"
+
+
+def test_a_chapter_is_stale_when_a_module_that_it_imports_changes(book):
+    notebook, run = book
+    edit(notebook, "print(A)", "import pgcore.lab.emoji")
+    assert run("render.py").returncode == 0
+    helper = notebook.parents[1] / "pgcore" / "lab" / "_near.py"
+    helper.write_text(helper.read_text() + "\n# changed\n")
+    assert "older than the code" in run("render.py", "--check").stdout
 
 
 def test_rendering_refuses_a_cell_that_writes_to_stderr(write_chapter):

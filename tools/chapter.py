@@ -14,7 +14,8 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
-DIRECTIVE = re.compile(r"#\|\s*(export|reference|wrong)\s*\n")
+DIRECTIVE = re.compile(r"#\| (export|reference|wrong)(?:\n|$)")
+LIKE_A_DIRECTIVE = re.compile(r"^\s*#\s*\|", flags=re.M)
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,37 @@ class Chapter:
     def relative_path(self) -> str:
         return self.path.relative_to(self.path.parents[1]).as_posix()
 
+    @property
+    def colab_address(self) -> str:
+        """Where Colab opens the tracked notebook."""
+        config = book_config()
+        repository, colab = config["repository"], config["launch_buttons"]["colab_url"]
+        owner_and_name = repository["url"].removeprefix("https://github.com/")
+        return (
+            f"{colab}/github/{owner_and_name}/blob/{repository['branch']}/"
+            f"{self.relative_path}"
+        )
+
     def code_of(self, directive: str) -> list[str]:
-        """The code cells that begin with ``#| directive``, without that line."""
-        sources = [c.source for c in self.notebook.cells if c.cell_type == "code"]
-        return [
-            source[match.end() :].strip("\n")
-            for source in sources
-            if (match := DIRECTIVE.match(source)) and match[1] == directive
-        ]
+        """The code cells that begin with ``#| directive``, without that line.
+
+        Raises ValueError for a line that looks like a directive and is none.
+        """
+        found = []
+        for cell in self.notebook.cells:
+            if cell.cell_type != "code":
+                continue
+            match = DIRECTIVE.match(cell.source)
+            rest = cell.source[match.end() :] if match else cell.source
+            if stray := LIKE_A_DIRECTIVE.search(rest):
+                line = rest[stray.start() :].strip().splitlines()[0]
+                raise ValueError(
+                    f"{self.relative_path}: {line!r} is no directive; a cell may begin "
+                    "with '#| export', '#| reference' or '#| wrong'"
+                )
+            if match and match[1] == directive:
+                found.append(rest.strip("\n"))
+        return found
 
 
 def all_chapters(folder: Path = CHAPTERS) -> list[Chapter]:
@@ -74,5 +98,9 @@ def select(numbers: list[str]) -> list[Chapter]:
 
 def repository() -> tuple[str, str]:
     """The repository's address and branch; ``_config.yml`` is their one place."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))
+    config = book_config()
     return config["repository"]["url"], config["repository"]["branch"]
+
+
+def book_config() -> dict:
+    return yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf8"))

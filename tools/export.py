@@ -21,7 +21,7 @@ DESTINATIONS = {
     "wrong": "pgcore/lab/museum/{}.py",
     "reference": "tests/reference/{}.py",
 }
-WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli")
+WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli", "assets")
 HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 
 
@@ -71,11 +71,7 @@ def modules_of(chapter: Chapter) -> dict[Path, str]:
     cells = {kind: chapter.code_of(kind) for kind in DESTINATIONS}
     if not any(cells.values()):
         return {}
-    if chapter.module is None:
-        raise ValueError(
-            f"{chapter.relative_path}: it has marked cells, but its metadata names no "
-            'module ({"pgcore": {"module": "..."}})'
-        )
+    check_module_name(chapter)
     body = "\n\n\n".join(cells["export"])
     files = {}
     for kind, pattern in DESTINATIONS.items():
@@ -87,6 +83,26 @@ def modules_of(chapter: Chapter) -> dict[Path, str]:
         path = ROOT / pattern.format(chapter.module)
         files[path] = finished(source, kind, path, chapter)
     return files
+
+
+def check_module_name(chapter: Chapter) -> None:
+    """A chapter with marked cells builds one module, a new one, of its own."""
+    module = chapter.module
+    if module is None:
+        raise ValueError(
+            f"{chapter.relative_path}: it has marked cells, but its metadata names no "
+            'module ({"pgcore": {"module": "..."}})'
+        )
+    if not module.isidentifier() or module[0] == "_" or module in WRITTEN_BY_HAND:
+        raise ValueError(
+            f"{chapter.relative_path}: {module!r} cannot be the name of its module"
+        )
+    others = [c for c in all_chapters(chapter.path.parent) if c.module == module]
+    if len(others) > 1:
+        raise ValueError(
+            f"{chapter.relative_path}: the module {module!r} is named by "
+            + " and ".join(c.relative_path for c in others)
+        )
 
 
 def finished(source: str, kind: str, path: Path, chapter: Chapter) -> str:
@@ -123,6 +139,11 @@ def check_imports(tree: ast.Module, chapter: Chapter) -> None:
         c.module: c.number for c in all_chapters(chapter.path.parent) if c.module
     }
     for name in imported_modules(tree):
+        if name.startswith(".") or name.split(".")[0] in ("tests", "importlib"):
+            raise ValueError(
+                f"{chapter.relative_path}: an exported cell imports {name}; "
+                "name earlier chapters in full, as in 'from pgcore.numerics import'"
+            )
         if name.split(".")[0] != "pgcore":
             continue
         module = name.removeprefix("pgcore").removeprefix(".").split(".")[0]
@@ -188,7 +209,14 @@ def with_back_references(source: str, tree: ast.Module, chapter: Chapter) -> str
     """End each public docstring with the chapter that derives it."""
     lines = source.splitlines()
     note = f"Built in chapter {chapter.number}, {chapter.title}."
+    if ast.get_docstring(tree) is None:
+        raise ValueError(
+            f"{chapter.relative_path}: the first exported cell has no docstring for "
+            "the module"
+        )
     for node in reversed(tree.body):
+        if isinstance(node, ast.AsyncFunctionDef):
+            raise ValueError(f"{chapter.relative_path}: async def {node.name}")
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name[0] == "_":
             continue
         if ast.get_docstring(node) is None:
@@ -197,15 +225,16 @@ def with_back_references(source: str, tree: ast.Module, chapter: Chapter) -> str
         assert docstring.end_lineno and docstring.end_col_offset
         indent = " " * docstring.col_offset
         last = docstring.end_lineno - 1
-        text, quotes = lines[last][: docstring.end_col_offset - 3].rstrip(), '"""'
-        rest = lines[last][docstring.end_col_offset - 3 :]
-        if not rest.startswith(quotes):
-            raise ValueError(f"{chapter.relative_path}: {node.name}: docstring quotes")
-        lines[last : last + 1] = [text] * bool(text) + [
-            "",
-            indent + note,
-            indent + rest,
-        ]
+        # Columns count bytes: "σ" is one character and two of them.
+        end = len(lines[last].encode()[: docstring.end_col_offset].decode())
+        text, rest = lines[last][: end - 3].rstrip(), lines[last][end - 3 :]
+        if not rest.startswith('"""'):
+            raise ValueError(
+                f"{chapter.relative_path}: the docstring of {node.name} must stand "
+                'between """'
+            )
+        closing = ["", indent + note, indent + rest]
+        lines[last : last + 1] = [text, *closing] if text else closing
     return "\n".join(lines)
 
 

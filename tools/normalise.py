@@ -47,9 +47,16 @@ def normalised(chapter: Chapter) -> NotebookNode:
 
 
 def smaller_png(encoded: str) -> str:
-    """The same pixels, without matplotlib's metadata, as small as Pillow makes them."""
+    """The same pixels on white, without metadata, as small as Pillow makes them.
+
+    A picture that is so already stays as it is: another Pillow might pack it otherwise.
+    """
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
         image.load()
-        image.convert("RGB").save(buffer, "PNG", optimize=True)
+        if image.mode == "RGB" and not image.info:
+            return encoded
+        white = Image.new("RGBA", image.size, "white")
+        pixels = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        pixels.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode() + "\n"

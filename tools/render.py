@@ -4,8 +4,8 @@
     python tools/render.py 02 --force   chapter 02, stale or not
     python tools/render.py --check      fails if a chapter is stale or not normalised
 
-A rendered notebook carries a stamp over its own code, the pgcore modules that it
-imports and the assets that those load. Rendering twice gives the same file.
+A rendered notebook carries a stamp over what its outputs depend on, and a seal over the
+outputs. Rendering twice gives the same file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from normalise import normalised
-from stamp import stamp
+from stamp import seal, stamp
 
 BUDGET_SECONDS = 60
 CELL_TIMEOUT_SECONDS = 300
@@ -48,6 +48,7 @@ def main() -> int:
         chapters = select(options.numbers)
         if options.check:
             return report_stale(chapters)
+        export_all_modules()
         for chapter in chapters:
             render(chapter, options.force)
     except ValueError as error:
@@ -57,51 +58,70 @@ def main() -> int:
 
 
 def report_stale(chapters: list[Chapter]) -> int:
-    problems = []
-    for chapter in chapters:
-        if chapter.notebook.metadata.get("pgcore", {}).get("stamp") != stamp(chapter):
-            problems.append(f"{chapter.relative_path}: stale outputs")
-        elif text_of(normalised(chapter)) != chapter.path.read_text(encoding="utf8"):
-            problems.append(f"{chapter.relative_path}: not normalised")
+    problems = [
+        f"{chapter.relative_path}: {problem}"
+        for chapter in chapters
+        if (problem := what_is_stale(chapter))
+    ]
     for problem in problems:
         print(f'{problem}; run "make chapters"')
     return 1 if problems else 0
 
 
-def render(chapter: Chapter, force: bool) -> None:
-    """Bring one chapter up to date, on disk. An interrupted run changes nothing."""
+def what_is_stale(chapter: Chapter) -> str | None:
+    """Why a chapter on disk is not what ``render`` would leave, None if it is."""
+    on_disk = chapter.path.read_text(encoding="utf8")
     prepare(chapter)
-    run_exporter(chapter)
-    current = stamp(chapter)
-    metadata = chapter.notebook.metadata.setdefault("pgcore", NotebookNode())
-    if force or metadata.get("stamp") != current:
+    marks = chapter.notebook.metadata.get("pgcore", {})
+    canonical = normalised(chapter)
+    if marks.get("stamp") != stamp(chapter):
+        return "the outputs are older than the code"
+    if marks.get("seal") != seal(canonical):
+        return "the outputs were not made by this command"
+    return None if text_of(canonical) == on_disk else "not normalised"
+
+
+def render(chapter: Chapter, force: bool) -> None:
+    """Bring one chapter up to date. Its file changes at the end or not at all.
+
+    Raises ValueError if a cell fails, or if the file was saved meanwhile.
+    """
+    before = chapter.path.read_text(encoding="utf8")
+    problem = what_is_stale(chapter)
+    if problem is None and not force:
+        print(f"{chapter.relative_path}: up to date")
+        return
+    marks = chapter.notebook.metadata.setdefault("pgcore", NotebookNode())
+    if problem != "not normalised" or force:
         print(f"{chapter.relative_path}: executing ...", flush=True)
         seconds = execute(chapter)
-        metadata["stamp"] = current
         print(f"{chapter.relative_path}: done in {seconds:.0f} s")
         if seconds > BUDGET_SECONDS:
             print(f"  that is over the budget of {BUDGET_SECONDS} s")
-    else:
-        print(f"{chapter.relative_path}: up to date")
+        marks["stamp"] = stamp(chapter)
+        marks["seal"] = seal(normalised(chapter))
+    if chapter.path.read_text(encoding="utf8") != before:
+        raise ValueError(
+            f"{chapter.relative_path}: it was saved while it ran, so nothing was "
+            "written; run the command again"
+        )
     write_atomically(chapter.path, text_of(normalised(chapter)))
 
 
-def run_exporter(chapter: Chapter) -> None:
+def export_all_modules() -> None:
+    """Chapters import each other's modules: bring all of them up to date first."""
     tool = Path(__file__).with_name("export.py")
-    command = [sys.executable, str(tool), chapter.number]
-    if subprocess.run(command).returncode != 0:
+    if subprocess.run([sys.executable, str(tool)]).returncode != 0:
         raise ValueError("the modules could not be exported (see above)")
 
 
 def prepare(chapter: Chapter) -> None:
     """Fill in what the tools own: the setup cell and the Colab address."""
-    url, branch = repository()
-    colab = f"{url}/blob/{branch}/{chapter.relative_path}".replace(
-        "https://github.com", "https://colab.research.google.com/github"
-    )
     cells = chapter.notebook.cells
     cells[0].source = re.sub(
-        r"\[Open in Colab\]\([^)]*\)", f"[Open in Colab]({colab})", cells[0].source
+        r"\[Open in Colab\]\([^)]*\)",
+        f"[Open in Colab]({chapter.colab_address})",
+        cells[0].source,
     )
     setup_cells = [c for c in cells if "setup" in c.metadata.get("tags", [])]
     if len(setup_cells) != 1:
@@ -109,6 +129,7 @@ def prepare(chapter: Chapter) -> None:
             f"{chapter.relative_path}: expected one cell tagged 'setup', "
             f"found {len(setup_cells)}"
         )
+    url, branch = repository()
     setup_cells[0].source = SETUP.format(
         url=url, branch=branch, extras=COLAB_LACKS
     ).strip()

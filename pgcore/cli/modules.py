@@ -5,6 +5,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
+GENERATED = "# Generated from chapters/"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -12,10 +13,9 @@ def run(options: argparse.Namespace) -> None:
     rows = []
     for path in PACKAGE.glob("*.py"):
         source = path.read_text(encoding="utf8")
-        header = source.splitlines()[0]
-        if header.startswith("# Generated from chapters/"):
-            number = header.removeprefix("# Generated from chapters/")[:2]
-            summary = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
+        if source.startswith(GENERATED):
+            number = source.removeprefix(GENERATED)[:2]
+            summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
             rows.append((number, f"pgcore.{path.stem}", summary))
     for number, module, summary in sorted(rows):
         print(f"{number}  {module:<22} {summary}")

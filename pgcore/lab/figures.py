@@ -1,8 +1,9 @@
 """The look of every figure in the book, and the few plots that many chapters share.
 
-Colours carry meaning, the same in every chapter: pictures are blue, words are
-orange, what is right is green, what is wrong is red-purple, the rest is grey
-(Okabe & Ito's palette, which colour-blind readers can tell apart).
+Colours carry meaning, the same in every chapter: pictures are blue, words are orange,
+what is right is green, what is wrong is dark purple, the rest is grey, and yellow
+points at something. Readers who see no red or no green can tell them apart: a test
+measures it.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,13 @@ from cycler import cycler
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 IMAGE = "#0072B2"
 TEXT = "#D55E00"
 RIGHT = "#009E73"
-WRONG = "#CC3377"
+WRONG = "#882255"
 NEUTRAL = "#6B7280"
 HIGHLIGHT = "#E69F00"
 
@@ -61,8 +63,16 @@ def show_pictures(
 ) -> Figure:
     """Draw pictures in a grid, in reading order.
 
-    Shapes: C is 3 (RGB) or 4 (RGBA), values in [0, 1]. At most one title a picture.
+    Shapes: C is 3 (RGB) or 4 (RGBA), values in [0, 1].
+
+    Raises:
+        ValueError: if there is no picture, or more titles than pictures.
     """
+    if len(images) == 0 or len(titles) > len(images):
+        raise ValueError(
+            f"expected at least one picture and at most one title each, "
+            f"got {len(images)} pictures and {len(titles)} titles"
+        )
     columns = columns or len(images)
     rows = -(-len(images) // columns)
     cell = width / columns
@@ -108,14 +118,13 @@ def heatmap(
         )
 
 
-def put_picture(ax: Axes, image: Float[Tensor, "C R R"], x: float, y: float, **box):
+def put_picture(
+    ax: Axes, image: Float[Tensor, "C R R"], x: float, y: float, zoom: float = 0.5
+) -> None:
     """Put a small picture at data coordinates (x, y): an emoji as a tick label."""
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-
-    zoom = box.pop("zoom", 0.5)
     thumbnail = OffsetImage(as_pixels(image), zoom=zoom)
-    options = {"frameon": False, "annotation_clip": False, **box}
-    ax.add_artist(AnnotationBbox(thumbnail, (x, y), **options))
+    box = AnnotationBbox(thumbnail, (x, y), frameon=False, annotation_clip=False)
+    ax.add_artist(box)
 
 
 def as_pixels(image: Float[Tensor, "C R R"]) -> np.ndarray:

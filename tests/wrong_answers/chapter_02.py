@@ -38,6 +38,14 @@ def logsumexp_nan_on_masked_rows(scores, dim):
     return (scores - maximum).exp().sum(dim).log() + maximum.squeeze(dim)
 
 
+def logsumexp_maximum_guard(scores, dim):
+    maximum = scores.detach().amax(dim, keepdim=True)
+    shift = maximum.masked_fill(maximum == -inf, 0.0)
+    total = torch.exp(scores - shift).sum(dim, keepdim=True)
+    total = torch.maximum(total, torch.ones_like(total))
+    return (maximum + total.log()).squeeze(dim)
+
+
 def logsumexp_last_axis_only(scores, dim):
     return torch.logsumexp(scores, -1)
 
@@ -90,6 +98,11 @@ def merge_nan_for_two_empty(left, right):
     return m, sum(total * torch.exp(mm - m) for mm, total in (left, right))
 
 
+def merge_nan_to_num(left, right):
+    m, total = merge_nan_for_two_empty(left, right)
+    return m, total.nan_to_num(0.0)
+
+
 def merge_without_maximum(left, right):
     total = left[1] * left[0].exp() + right[1] * right[0].exp()
     return torch.zeros_like(total), total
@@ -137,6 +150,7 @@ WRONG = {
     "02.2": [
         logsumexp_no_shift,
         logsumexp_nan_on_masked_rows,
+        logsumexp_maximum_guard,
         logsumexp_last_axis_only,
         torch.logsumexp,  # its gradient is NaN where all is masked
     ],
@@ -150,6 +164,7 @@ WRONG = {
         merge_adds,
         merge_rescales_one_side,
         merge_nan_for_two_empty,
+        merge_nan_to_num,
         merge_without_maximum,
     ],
     "02.5": [

@@ -24,21 +24,22 @@ def agrees_with_torch(safe_softmax):
 
 
 @exercise("02.1")
+def rows_are_independent(safe_softmax):
+    """gives a low row its weights, whatever the other rows are"""
+    scores = torch.tensor([[1.0, 2.0, 3.0], [501.0, 502.0, 503.0]])
+    weights = safe_softmax(scores)
+    require_close(weights, torch.softmax(scores, -1), "Each row has its own maximum.")
+
+
+@exercise("02.1")
 def survives_every_height(safe_softmax):
     """is finite and right wherever the row lies, from -1e38 to 1e38"""
     for seed, scale in enumerate([1e2, 1e4, 1e38]):
         scores = _rows(seed, 50, 8).clamp(-3, 3) * scale
         weights = safe_softmax(scores)
         require(weights.isfinite().all(), f"scores near {scale:g} gave NaN or infinity")
-        require_close(weights, torch.softmax(scores, -1))
-
-
-@exercise("02.1")
-def rows_are_independent(safe_softmax):
-    """gives a low row its weights, whatever the other rows are"""
-    scores = torch.tensor([[1.0, 2.0, 3.0], [501.0, 502.0, 503.0]])
-    weights = safe_softmax(scores)
-    require_close(weights, torch.softmax(scores, -1), "Each row has its own maximum.")
+        hint = "Clipping changes the weights; subtracting does not."
+        require_close(weights, torch.softmax(scores, -1), hint)
 
 
 @exercise("02.2")
@@ -58,7 +59,8 @@ def logsumexp_of_masked_rows(logsumexp):
     scores = _rows(0, 4, 6)
     scores[0] = -inf
     scores[1, 2:] = -inf
-    require_close(logsumexp(scores, -1), torch.logsumexp(scores, -1))
+    hint = "-inf - (-inf) is NaN: subtract 0 where the maximum is -inf."
+    require_close(logsumexp(scores, -1), torch.logsumexp(scores, -1), hint)
 
 
 @exercise("02.2")
@@ -75,6 +77,10 @@ def logsumexp_has_finite_gradients(logsumexp):
         total = logsumexp(scores, -1)[used].sum()
         (actual,) = torch.autograd.grad(total, scores)
         require_close(actual, expected, hint)
+    dominated = torch.tensor([[0.0, -200.0]], requires_grad=True)
+    (actual,) = torch.autograd.grad(logsumexp(dominated, -1).sum(), dominated)
+    hint = "Here the sum is exactly 1: torch.maximum halves the gradient of a tie."
+    require_close(actual, torch.tensor([[1.0, 0.0]]), hint)
 
 
 @exercise("02.3")
@@ -84,8 +90,11 @@ def smoothing_agrees_with_torch(smooth_loss):
         logits = _rows(seed, 9, 5, scale=10.0 ** (seed + 1))
         targets = torch.arange(9) % 5
         expected = F.cross_entropy(logits, targets, label_smoothing=epsilon)
+        actual = smooth_loss(logits, targets, epsilon)
+        hint = f"epsilon={epsilon}: the loss is {float(actual):g}."
+        require(actual.isfinite().all(), f"{hint} Start from log_softmax.")
         hint = f"epsilon={epsilon}: the right class gets its share epsilon / n, too."
-        require_close(smooth_loss(logits, targets, epsilon), expected, hint)
+        require_close(actual, expected, hint)
 
 
 @exercise("02.3")
@@ -117,7 +126,8 @@ def merging_is_the_logsumexp_of_both(merge):
         left, right = scale * left.double(), scale * right.double()
         merged = merge(_pair(left), _pair(right))
         both = torch.cat([left, right], -1)
-        require_close(_log_of(merged), both.logsumexp(-1), f"scores near {scale:g}.")
+        hint = f"Scores near {scale:g}. Rescale both sums to the larger m."
+        require_close(_log_of(merged), both.logsumexp(-1), hint)
         require_close(merged[0], both.amax(-1), "m is the larger maximum.")
 
 
@@ -151,6 +161,18 @@ def the_empty_state_changes_nothing(merge):
         require_close(merged[1], expected[1], "-inf - (-inf) is NaN.")
 
 
+@exercise("02.4")
+def the_empty_state_makes_no_nan_on_the_way_back(merge):
+    """has finite gradients where one state is empty, or both"""
+    maxima = torch.tensor([[-inf, -inf, 1.0, 2.0], [-inf, 3.0, -inf, 2.0]])
+    totals = torch.tensor([[0.0, 0.0, 1.5, 1.0], [0.0, 2.0, 0.0, 1.0]])
+    leaves = [part.requires_grad_() for part in (*maxima, *totals)]
+    total = merge((leaves[0], leaves[2]), (leaves[1], leaves[3]))[1]
+    gradients = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
+    finite = all(g.isfinite().all() for g in gradients if g is not None)
+    require(finite, "A gradient is NaN. Repair -inf - (-inf) before exp, not after.")
+
+
 def _off_by(share: float):
     """A softmax whose first weight is too large by this share."""
 
@@ -180,5 +202,5 @@ def a_softmax_rounded_once_costs_half_a_step(worst_error):
         exact = worst_error(lambda x: torch.softmax(x.double(), -1), scores)
         require(float(exact) == 0, f"the exact softmax has error {float(exact):.3g}")
         once = worst_error(lambda x: torch.softmax(x, -1), scores)
-        hint = "Did you compare with the softmax of these very scores, in float64?"
+        hint = "Compare with the softmax of scores.double(): these scores, in float64."
         require(0.5 < float(once) < 1.01, f"torch: {float(once):.3g} u. {hint}")

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgcore.lab.checks import exercise, require, require_close
 
@@ -44,6 +45,19 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     @property
     def total(self) -> int:
         return sum(self.storages.values())
+
+
+class LargestProduct(TorchDispatchMode):
+    """Remember how many entries the largest product of two matrices has."""
+
+    pairs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm):
+            self.pairs = max(self.pairs, result.numel())
+        return result
 
 
 def require_loss(loss, names: str) -> None:
@@ -112,7 +126,8 @@ def without_labels_is_bce(loss):
 @exercise("03.3")
 def without_labels_is_safe(loss):
     """stays finite for a sure mistake"""
-    require_close(loss(torch.full((3, 3), -120.0)), torch.tensor(120.0))
+    for logit, cost in ((-120.0, 120.0), (120.0, 240.0)):
+        require_close(loss(torch.full((3, 3), logit)), torch.tensor(cost))
 
 
 @exercise("03.3")
@@ -124,8 +139,8 @@ def without_labels_saves_one_matrix(loss):
         loss(logits * 1.0)
     require(
         saved.total < 1.2 * matrix,
-        f"autograd saved {saved.total / matrix:.2f} matrices; signs, labels and masks "
-        "count too",
+        f"autograd saved {saved.total / matrix:.2f} matrices; every new matrix counts: "
+        "signs, labels, masks, a negated copy",
     )
 
 
@@ -180,13 +195,9 @@ def strangers_cost(cost):
         ours, oracle = cost(*inputs, chunk_size), cost_by_torch(*inputs)
         where = f"({n} pictures, {m} captions, chunk_size {chunk_size})"
         require_close(ours, oracle, where)
-        slopes = torch.autograd.grad(ours, inputs)
-        for name, slope, expected in zip(
-            ("images", "texts", "log_scale", "bias"),
-            slopes,
-            torch.autograd.grad(oracle, inputs),
-            strict=True,
-        ):
+        names = ("images", "texts", "log_scale", "bias")
+        slopes = (torch.autograd.grad(value, inputs) for value in (ours, oracle))
+        for name, slope, expected in zip(names, *slopes, strict=True):
             require_close(slope, expected, f"Gradient of {name} {where}", atol=1e-5)
 
 
@@ -204,4 +215,15 @@ def strangers_are_forgotten(cost):
         saved[1] < matrix / 2 and saved[1] < 2.2 * saved[0] + 1024,
         f"for 128 and 256 pairs autograd saved {saved[0]} and {saved[1]} bytes; the "
         f"matrix of 256 has {matrix}. Wrap each block in checkpoint",
+    )
+
+
+@exercise("03.5")
+def strangers_come_in_blocks(cost):
+    """multiplies at most chunk_size by chunk_size pairs at a time"""
+    with torch.no_grad(), LargestProduct() as largest:
+        cost(*strangers(96, 80, seed=2), 32)
+    require(
+        largest.pairs <= 32 * 32,
+        f"a product of {largest.pairs} pairs; a block of 32 by 32 has 1024",
     )

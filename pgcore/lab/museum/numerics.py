@@ -33,13 +33,42 @@ def softmax_nan_to_num(
     return torch.softmax(scores, dim).nan_to_num(0.0)
 
 
-def logsigmoid_clamp(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+def logsigmoid_clamp(
+    x: Float[Tensor, "*axes"],
+) -> Float[Tensor, "*axes"]:
     """Wrong: right values everywhere, wrong gradient at exactly 0.
 
     At its edge ``clamp`` passes the whole gradient, and ``abs`` passes
     none, so the slope at 0 is 1. The right slope is 1/2.
     """
     return x.clamp(max=0) - torch.log1p(torch.exp(-x.abs()))
+
+
+def logsigmoid_minimum(
+    x: Float[Tensor, "*axes"],
+) -> Float[Tensor, "*axes"]:
+    """Wrong: right values and slopes, wrong second derivative at 0.
+
+    At a tie ``minimum`` passes half of the gradient: right by luck. The
+    second derivative is 0 there. The right one is -1/4.
+    """
+    low = torch.minimum(x, torch.zeros_like(x))
+    return low - torch.log1p(torch.exp(-x.abs()))
+
+
+def softmax_maximum_guard(
+    scores: Float[Tensor, "*axes"], dim: int = -1
+) -> Float[Tensor, "*axes"]:
+    """Wrong: right values, wrong gradient where one score dominates.
+
+    There the sum is exactly 1, and at a tie ``torch.maximum`` passes
+    half of its gradient.
+    """
+    shift = scores.detach().amax(dim, keepdim=True)
+    shift = shift.masked_fill(shift == -float("inf"), 0.0)
+    exponentials = torch.exp(scores - shift)
+    total = exponentials.sum(dim, keepdim=True)
+    return exponentials / torch.maximum(total, torch.ones_like(total))
 
 
 def softmax_shift_by_mean(

@@ -2,6 +2,8 @@
 # Edit the notebook, then run "make chapters".
 """Wrong twins from chapter 03, Sigmoid loss."""
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -25,11 +27,13 @@ def chunks_all_kept(
     open_clip's ``chunk_size``; its pull request 1214 recomputes.
     """
     ids = torch.arange(len(images), device=images.device)
+    ids = ids.split(chunk_size)
+    rows = zip(images.split(chunk_size), ids, strict=True)
+    columns = zip(texts.split(chunk_size), ids, strict=True)
     total = images.new_zeros(())
-    for rows in ids.split(chunk_size):
-        for columns in ids.split(chunk_size):
-            block = images[rows], texts[columns], log_scale, bias
-            total = total + _cost_of_block(*block, rows, columns)
+    for (pictures, row), (captions, column) in product(rows, columns):
+        block = pictures, captions, log_scale, bias
+        total = total + _cost_of_block(*block, row, column)
     return total / len(images)
 
 
@@ -67,7 +71,7 @@ def bias_left_out(
     log_scale: float | Float[Tensor, ""],
     bias: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """No bias: for this loss the notes name neither it nor scale (C36)."""
+    """No bias: the notes name neither bias nor scale here (C36)."""
     return siglip_loss(images, texts, log_scale, 0.0 * bias)
 
 
