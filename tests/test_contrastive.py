@@ -175,6 +175,23 @@ def test_l2_normalize_keeps_zero_and_its_dtype(dtype):
     assert result.tolist() == [[0, 0, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_l2_normalize_measures_half_types_in_float32(dtype):
+    """In float16 the length of 128 entries of 1e4 overflows."""
+    x = torch.full((2, 128), 1e4).to(dtype).requires_grad_()
+    result = l2_normalize(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, torch.full_like(result, 128**-0.5))
+    result[:, 0].sum().backward()
+    assert x.grad is not None and x.grad.dtype == dtype and x.grad.isfinite().all()
+
+
+def test_a_vector_whose_length_overflows_becomes_zero():
+    x = torch.full((4,), 1e30)
+    assert l2_normalize(x).tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(l2_normalize(x.double()), torch.full((4,), 0.5).double())
+
+
 def test_l2_normalize_divides_a_short_vector_by_eps():
     x = torch.tensor([[3e-14, 4e-14]])
     torch.testing.assert_close(l2_normalize(x), x / 1e-12)
@@ -269,6 +286,13 @@ def test_one_pair_costs_exactly_nothing():
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_a_sure_mistake_costs_the_logits_distance():
+    """log(softmax(...)) says infinity: the right answer's share underflows."""
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    loss = clip_loss(x, x.flip(0), MAX_LOG_SCALE)
+    assert math.isclose(loss, 200, rel_tol=1e-6)
+
+
 def test_two_equal_captions_have_a_floor_of_log_2():
     vectors = torch.eye(4)[[0, 0, 2, 3]]
     loss = clip_loss(vectors, vectors, MAX_LOG_SCALE)
@@ -292,6 +316,25 @@ def test_half_precision_inputs_are_scored_in_float32(dtype):
     expected = torch_loss(images.double(), texts.double(), MAX_LOG_SCALE)
     loss = clip_loss(images, texts, MAX_LOG_SCALE)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("first", DTYPES)
+@pytest.mark.parametrize("second", DTYPES)
+def test_the_wider_dtype_decides(first, second):
+    images, texts = batch()
+    images, texts = images.to(first), texts.to(second)
+    log_scale = torch.tensor(1.0, dtype=torch.float64)
+    loss = clip_loss(images, texts, log_scale)
+    wide = torch.float64 in (first, second)
+    assert loss.dtype == (torch.float64 if wide else torch.float32)
+    tolerance = 1e-12 if wide else 1e-6
+    swapped = clip_loss(texts, images, log_scale)
+    torch.testing.assert_close(swapped, loss, rtol=tolerance, atol=tolerance)
+    expected = torch_loss(images.double(), texts.double(), log_scale)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_log_scale_may_be_a_float_or_a_parameter():
@@ -340,3 +383,22 @@ def test_shapes_on_the_meta_device():
 def test_no_graph_breaks(as_user):
     explanation = torch._dynamo.explain(clip_loss)(*batch(), torch.tensor(1.0))
     assert explanation.graph_count == 1 and explanation.graph_break_count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_narrow_the_loss(dtype):
+    """In bfloat16 a logit near 100 would be off by up to a quarter."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 20, 16, generator=generator).to(dtype)
+    log_scale = torch.tensor(MAX_LOG_SCALE).to(dtype)
+    outside = clip_loss(images, texts, log_scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = clip_loss(images, texts, log_scale)
+    assert inside.dtype == outside.dtype == torch.float32
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=0)
+
+
+def test_more_than_one_scale_is_an_error(as_user):
+    vectors = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"log_scale: expected one number, got .*4,"):
+        clip_loss(vectors, vectors, torch.zeros(4))

@@ -1,18 +1,22 @@
 """The tiny dual encoder trains, repeats itself, and takes any contrastive loss."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pgcore.lab.dual_encoder import (
+    SPRITE_SCALE,
     DualEncoder,
     draw_batch,
     split_into_patches,
     split_into_words,
     train_dual_encoder,
     vocabulary_of,
+    warmup_then_cosine,
 )
-from pgcore.lab.emoji import load_emoji
+from pgcore.lab.emoji import load_emoji, place
 
 CONCEPTS = ("cat", "red apple", "rocket", "guitar", "green apple", "man's shoe")
 
@@ -77,6 +81,81 @@ def test_a_loss_may_have_several_scalars(sprites):
     assert set(run.scalars) == {"log_scale", "bias"}
     assert run.scalars["bias"] != -2.0
     assert run.losses[-1] < run.losses[0]
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_half_wave():
+    factor = warmup_then_cosine(200)
+    assert factor(0) == 1 / 20
+    assert factor(9) == pytest.approx(0.5 * (1 + math.cos(0.045 * math.pi)) / 2)
+    assert factor(19) == pytest.approx((1 + math.cos(0.095 * math.pi)) / 2)
+    assert factor(100) == pytest.approx(0.5)
+    assert factor(200) == 0.01
+
+
+def test_a_scalar_without_gradient_stays(sprites):
+    """Weight decay would pull it towards zero."""
+
+    def ignoring(images, texts, log_scale):
+        return loss_fn(images, texts, torch.tensor(2.0)) + 0 * log_scale
+
+    assert train(sprites, ignoring).scalars["log_scale"] == 2.0
+
+
+def test_every_step_places_the_pictures_anew(sprites):
+    """One picture and no learning: only the placement can change its vector."""
+    seen = []
+
+    def recording(images, texts, log_scale):
+        seen.append(images.detach())
+        return loss_fn(images, texts, log_scale)
+
+    cat = sprites.select(sprites.labels == 0)
+    one = cat.select(torch.tensor([0]))
+    train(one, recording, batch_size=1, steps=5, learning_rate=0.0)
+    for step, vector in enumerate(seen):
+        assert not any(torch.equal(vector, other) for other in seen[:step])
+
+
+def test_three_steps_agree_with_a_loop_by_hand(sprites):
+    """AdamW from its formulas, the gradients fresh in every step."""
+    steps, seed, rate, betas = 3, 7, 3e-3, (0.9, 0.95)
+    torch.manual_seed(seed)
+    model = DualEncoder(vocabulary_of(sprites.concepts))
+    scale = torch.tensor(2.0, requires_grad=True)
+    weights = [*model.parameters(), scale]
+    decays = [0.05] * (len(weights) - 1) + [0.0]
+    means = [[torch.zeros_like(w), torch.zeros_like(w)] for w in weights]
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in range(steps):
+        batch = sprites.select(draw_batch(sprites.labels, 6, generator))
+        batch = place(batch, seed=seed + step + 1, size=32, scale=SPRITE_SCALE)
+        names = [batch.concepts[label] for label in batch.labels]
+        loss = loss_fn(
+            model.encode_images(batch.images), model.encode_texts(names), scale
+        )
+        gradients = torch.autograd.grad(loss, weights)
+        step_rate = rate * warmup_then_cosine(steps)(step)
+        with torch.no_grad():
+            for w, g, decay, (first, second) in zip(
+                weights, gradients, decays, means, strict=True
+            ):
+                w.mul_(1 - step_rate * decay)
+                first.lerp_(g, 1 - betas[0])
+                second.lerp_(g.square(), 1 - betas[1])
+                mean = first / (1 - betas[0] ** (step + 1))
+                spread = (second / (1 - betas[1] ** (step + 1))).sqrt()
+                w.sub_(step_rate * mean / (spread + 1e-8))
+        losses.append(loss.item())
+    run = train(sprites, steps=steps, seed=seed)
+    assert run.losses == pytest.approx(losses, rel=1e-4)
+    assert run.scalars["log_scale"].item() == pytest.approx(scale.item(), rel=1e-6)
+
+
+def test_the_pictures_second_network_sees_normalised_patches():
+    read = DualEncoder(vocabulary_of(CONCEPTS)).encode_images.picture
+    patches = torch.randn(2, 16 * 128)
+    torch.testing.assert_close(read(3 * patches + 5), read(patches), rtol=1e-4, atol=1e-4)
 
 
 def test_watch_sees_the_model_before_and_during(sprites):
