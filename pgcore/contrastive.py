@@ -9,6 +9,7 @@ vector a picture or caption, of any length.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def l2_normalize(
     Shapes: x is [..., D], and so is the result. A vector shorter than
     ``eps`` is divided by ``eps`` instead of its length, so the zero vector
     stays zero. Where the dtype cannot hold ``eps`` (float16), its smallest
-    normal number stands in. NaN stays NaN.
+    normal number stands in. The length is computed in float32 at least; a
+    vector whose length overflows becomes zero. NaN stays NaN.
 
     Raises ValueError if x is not floating point.
     Source: the l2_normalize of Radford et al. (2021), Figure 3.
@@ -36,8 +38,10 @@ def l2_normalize(
     """
     if not x.is_floating_point():
         raise ValueError(f"x: expected floating point, got {x.dtype}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    lengths = x.norm(dim=-1, keepdim=True, dtype=wide)
     shortest = max(eps, torch.finfo(x.dtype).tiny)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(shortest)
+    return (x / lengths.clamp_min(shortest)).to(x.dtype)
 
 
 def contrastive_logits(
@@ -49,10 +53,9 @@ def contrastive_logits(
 
     Shapes: one row a picture, one column a caption; the two counts may
     differ. The vectors need not be normalised. Computed in float32 at
-    least: near 100, bfloat16 numbers are half a unit apart.
+    least, also under autocast.
 
-    Raises ValueError for no pictures or no captions, for different widths
-    and for integers.
+    Raises ValueError for no rows, different widths, integers, two scales.
     Source: Radford et al. (2021), Figure 3.
 
     Built in chapter 01, Contrastive loss.
@@ -70,9 +73,24 @@ def contrastive_logits(
             f"images and texts: expected one width, "
             f"got {images.shape[1]} and {texts.shape[1]}"
         )
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    log_scale = torch.as_tensor(log_scale)
+    if log_scale.numel() != 1:
+        raise ValueError(
+            f"log_scale: expected one number, got shape {tuple(log_scale.shape)}"
+        )
+    dtype = torch.promote_types(images.dtype, texts.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     x, y = l2_normalize(images.to(dtype)), l2_normalize(texts.to(dtype))
-    return torch.as_tensor(log_scale).exp() * (x @ y.T)  # B captions
+    # Near 100, bfloat16 numbers are half a unit apart.
+    with _outside_autocast(images.device):
+        return log_scale.to(dtype).exp() * (x @ y.T)  # B captions
+
+
+def _outside_autocast(device: torch.device) -> AbstractContextManager:
+    """Where autocast exists, switch it off: it would narrow products."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def clip_loss(

@@ -93,6 +93,9 @@ def test_exercises(chapter):
         assert solution.source.count("### END SOLUTION") == 1
         assert {"solution", "hide-input"} <= set(tags(solution))
         assert re.match(rf'check\(\s*"{match[1]}", ', check.source)
+    for cell in cells:
+        if cell.cell_type == "markdown" and "solution" in tags(cell):
+            assert cell.source.startswith("```{dropdown}"), "a solution is folded"
     assert ids == [f"{chapter.number}.{i + 1}" for i in range(len(ids))]
     assert 3 <= len(ids) <= 5
 

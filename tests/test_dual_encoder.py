@@ -101,6 +101,18 @@ def test_a_scalar_without_gradient_stays(sprites):
     assert train(sprites, ignoring).scalars["log_scale"] == 2.0
 
 
+def test_without_gradients_the_weights_decay(sprites):
+    def flat(images, texts, log_scale):
+        return 0 * (images.sum() + texts.sum() + log_scale)
+
+    run = train(sprites, flat, steps=3, learning_rate=0.5, seed=1)
+    factor = math.prod(1 - 0.5 * 0.05 * warmup_then_cosine(3)(k) for k in range(3))
+    torch.manual_seed(1)
+    before = DualEncoder(vocabulary_of(sprites.concepts))
+    for old, new in zip(before.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(new, factor * old)
+
+
 def test_every_step_places_the_pictures_anew(sprites):
     """One picture and no learning: only the placement can change its vector."""
     seen = []
@@ -155,7 +167,9 @@ def test_three_steps_agree_with_a_loop_by_hand(sprites):
 def test_the_pictures_second_network_sees_normalised_patches():
     read = DualEncoder(vocabulary_of(CONCEPTS)).encode_images.picture
     patches = torch.randn(2, 16 * 128)
-    torch.testing.assert_close(read(3 * patches + 5), read(patches), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        read(3 * patches + 5), read(patches), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_watch_sees_the_model_before_and_during(sprites):

@@ -77,7 +77,7 @@ def loss_times_temperature(
 ) -> Float[Tensor, ""]:
     """Multiplies by the temperature where one has to divide by it.
 
-    What exp(t) stands for confuses many readers: LAION-AI/CLAP, issue 57.
+    What exp(t) stands for confused a reader: LAION-AI/CLAP, issue 57.
     """
     return clip_loss(images, texts, -torch.as_tensor(log_scale))
 
