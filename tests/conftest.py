@@ -11,7 +11,7 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-settings.register_profile("default", deadline=None)
+settings.register_profile("default", max_examples=300, deadline=None)
 settings.register_profile("soak", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -33,6 +33,6 @@ def fixed_seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: notebooks and the browser come last."""
-    late = ("nbval", "test_pages", "test_colab")
+    """Fast tests first: the browser and Colab come last."""
+    late = ("test_pages", "test_colab")
     items.sort(key=lambda item: any(word in str(item.path) for word in late))

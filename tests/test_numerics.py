@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 
@@ -233,7 +233,6 @@ rows_of_any_height = hypothesis_numpy.arrays(
 
 
 @given(rows_of_any_height)
-@settings(max_examples=300, deadline=None)
 def test_every_finite_row_is_a_distribution(rows):
     scores = torch.from_numpy(rows)
     weights = softmax(scores)
@@ -262,7 +261,6 @@ def test_ten_thousand_wild_rows():
     st.lists(st.integers(-128, 128), min_size=1, max_size=9),
     st.integers(-(2**15), 2**15),
 )
-@settings(max_examples=200, deadline=None)
 def test_an_exact_shift_changes_no_bit(sixteenths, shift):
     scores = torch.tensor(sixteenths) / 16.0
     assert torch.equal(softmax(scores), softmax(scores + shift))
@@ -270,14 +268,12 @@ def test_an_exact_shift_changes_no_bit(sixteenths, shift):
 
 
 @given(st.permutations(range(7)))
-@settings(max_examples=50, deadline=None)
 def test_permuting_a_row_permutes_its_weights(order):
     scores = torch.tensor([0.5, -3.0, 2.0, 80.0, -inf, 79.0, 0.0])
     close(softmax(scores[list(order)]), softmax(scores)[list(order)])
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12))
-@settings(max_examples=200, deadline=None)
 def test_the_loop_agrees_with_torch(scores):
     values = [float(i % 5) for i in range(len(scores))]
     m, total, output, _ = online_softmax_loop(scores, values)[-1]
@@ -447,7 +443,6 @@ def same_state(left, right):
 
 
 @given(finite_blocks)
-@settings(max_examples=200, deadline=None)
 def test_merge_is_associative_and_commutative(blocks):
     a, b, c = map(one_state, blocks)
     merge = merge_softmax_states
@@ -456,7 +451,6 @@ def test_merge_is_associative_and_commutative(blocks):
 
 
 @given(finite_blocks)
-@settings(max_examples=50, deadline=None)
 def test_a_masked_block_is_neutral(blocks):
     empty = one_state([-inf, -inf])
     assert empty.maximum == -inf and empty.total == 0

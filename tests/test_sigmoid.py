@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pgcore.lab.checks.chapter_03 import SavedBytes
@@ -163,7 +163,6 @@ def test_equals_hugging_face():
 # properties
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 14), st.integers(0, 1000))
 def test_any_chunk_size_gives_the_whole(n, chunk_size, seed):
     inputs = draw(n, 5, seed=seed)
@@ -184,7 +183,6 @@ def test_any_chunk_size_gives_the_whole_in_float32(n, chunk_size):
     )
 
 
-@settings(deadline=None)
 @given(st.integers(2, 10), st.randoms(use_true_random=False), st.integers(0, 1000))
 def test_the_order_of_pairs_does_not_matter(n, random, seed):
     images, texts, log_scale, bias = draw(n, 5, seed=seed)
@@ -193,7 +191,6 @@ def test_the_order_of_pairs_does_not_matter(n, random, seed):
     assert_close([shuffled], [siglip_loss(images, texts, log_scale, bias)], 1e-12)
 
 
-@settings(deadline=None)
 @given(st.floats(0.01, 100), st.integers(0, 1000))
 def test_the_length_of_vectors_does_not_matter(factor, seed):
     images, texts, log_scale, bias = draw(5, 4, seed=seed)
@@ -201,7 +198,6 @@ def test_the_length_of_vectors_does_not_matter(factor, seed):
     assert_close([longer], [siglip_loss(images, texts, log_scale, bias)], 1e-10)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 1000))
 def test_pictures_and_captions_are_treated_alike(n, seed):
     images, texts, log_scale, bias = draw(n, 5, seed=seed)

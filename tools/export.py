@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chapter import ROOT, Chapter, all_chapters, select
+from chapter import ROOT, Chapter, all_chapters
 
 DESTINATIONS = {
     "export": "pgcore/{}.py",
@@ -27,21 +27,23 @@ HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write pgcore from the chapters.")
-    parser.add_argument("numbers", nargs="*", metavar="NN", help="default: all")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     try:
         files = {
             path: text
-            for chapter in select(options.numbers)
+            for chapter in all_chapters()
             for path, text in modules_of(chapter).items()
         }
     except ValueError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
-    stale = [p for p, text in files.items() if not p.exists() or p.read_text() != text]
-    everything = not options.numbers
-    orphans = [p for p in generated_files() if everything and p not in files]
+    stale = [
+        path
+        for path, text in files.items()
+        if not path.exists() or path.read_text(encoding="utf8") != text
+    ]
+    orphans = [path for path in generated_files() if path not in files]
     verb = "out of date" if options.check else "updated"
     for path in stale + orphans:
         print(f"{verb}: {path.relative_to(ROOT)}")
