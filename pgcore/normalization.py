@@ -48,7 +48,8 @@ class BatchNorm1d(_Norm):
 
     Shapes: [..., D] to [..., D]; all leading axes count as batch, so
     that of [B, T, D] B x T vectors are averaged. Computed in float32 at
-    least, returned in the dtype of x.
+    least, returned in the dtype of x. The running estimates keep the
+    layer's dtype; keep them in float32.
 
     Raises ValueError for another width, integers, or fewer than two
     vectors in training. A NaN spoils its feature: in the whole batch,
@@ -102,8 +103,10 @@ class BatchNorm1d(_Norm):
 class LayerNorm(_Norm):
     """Standardise each vector on its own; then weight and bias.
 
-    Shapes: [..., D] to [..., D]; each vector on its own. The default
-    epsilon is SigLIP's 1e-6; torch.nn.LayerNorm has 1e-5.
+    Shapes: [..., D] to [..., D]; each vector on its own. x has the dtype
+    of the weights; on a CPU it may also be bfloat16 or float16 with
+    float32 weights. The default epsilon is SigLIP's 1e-6; that of
+    torch.nn.LayerNorm is 1e-5.
 
     Raises ValueError for another width or integers. A NaN spoils its
     own vector only. A constant vector gives ``bias``.

@@ -117,7 +117,8 @@ def norm_is_gemmas(norm):
             require(
                 ours.shape == right.shape and differ == 0,
                 f"in {dtype}, size {scale:g}, {differ:.0%} of the elements differ. "
-                "Float32 throughout, 1 + weight, one rounding at the end.",
+                "Float32 throughout, `rsqrt` and not a division, first x * rsqrt, "
+                "then * (1 + w), one rounding at the end.",
             )
 
 
