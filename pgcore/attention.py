@@ -29,14 +29,12 @@ def split_heads(
 
     Built in chapter 05, Attention.
     """
-    features = x.shape[-1]
-    if x.ndim != 3 or head_dim < 1 or features % head_dim:
+    if x.ndim != 3 or head_dim < 1 or x.shape[-1] % head_dim:
         raise ValueError(
             "x, head_dim: expected [B, T, features], divided by head_dim, "
             f"found {tuple(x.shape)} and {head_dim}"
         )
-    heads = features // head_dim
-    return x.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def merge_heads(x: Float[Tensor, "B heads T H"]) -> Float[Tensor, "B T features"]:
@@ -68,7 +66,7 @@ def attention_mask(
                      full      causal    prefix-LM blocks
 
     The axis of size 1 is for all heads alike. Rows of padding may hold
-    True; nobody reads what they compute.
+    True (in the source: False); nobody reads what they compute.
     Raises ValueError unless both are boolean, of one shape B S.
     Source: make_attn_mask in big_vision (Beyer et al., 2024).
 
@@ -96,20 +94,18 @@ def attend(
 ) -> Float[Tensor, "B N T H"]:
     """softmax(scale q k^T) v for each head, in one fused call.
 
-    Shapes: N / K neighbouring query heads share a key/value head. mask:
-    True = may attend. scale: H ** -0.5 unless given. A query that may
-    attend to nothing gets zeros, and no gradient. A NaN in k or v shows,
-    even where the mask hides it; in q alone it may give zeros (torch).
-    Raises ValueError for shapes that do not fit, no keys, a mask of
-    numbers (torch would add it to the scores).
+    N / K neighbouring query heads share a key/value head. mask: True =
+    may attend. scale: H ** -0.5 unless given. A query that may attend to
+    nothing gets zeros, and no gradient. A NaN in k or v reaches every
+    query of its head, masked or not; torch may turn a query of NaN into
+    zeros where keys are few. q, k, v: one dtype, torch insists.
+    Raises ValueError for bad shapes, no keys, a mask that is not boolean.
     Source: Vaswani et al. (2017), equation 1; Ainslie et al. (2023).
 
     Built in chapter 05, Attention.
     """
     _require_heads(q, k, v, mask)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
 def attention_weights(
@@ -164,7 +160,12 @@ class Cache(Protocol):
     def update(
         self, k: Float[Tensor, "B K T H"], v: Float[Tensor, "B K T H"]
     ) -> tuple[Float[Tensor, "B K S H"], Float[Tensor, "B K S H"]]:
-        """Store T new keys and values; return all S that may be read."""
+        """Store T new keys and values; return all S slots that exist.
+
+        Slots not written yet are returned too and must be finite (zeros):
+        the mask hides them, but 0 x NaN is NaN. Whoever counts positions
+        outside a compiled step raises ValueError when T more do not fit.
+        """
 
 
 class Attention(nn.Module):
@@ -172,7 +173,6 @@ class Attention(nn.Module):
 
     width is D, num_heads N, num_kv_heads K, head_dim H; N * H need not be
     D. scale: of the scores, H ** -0.5 if None. attend: how heads attend.
-
     Raises ValueError unless all sizes are at least 1 and K divides N.
     Source: Vaswani et al. (2017), section 3.2.2; Ainslie et al. (2023).
 
@@ -214,8 +214,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Let the tokens of ``x`` read from ``source`` (None: from ``x``).
 
-        mask: True = may attend; its slots are those that can be read,
-        with a cache all that it returns. rotate: turns queries and keys.
+        mask: True = may attend; a slot for each key, a cache's included.
+        rotate: turns queries and keys, with the same positions for both.
         """
         source = x if source is None else source
         q = split_heads(self.q_proj(x), self.head_dim)  # B N T H

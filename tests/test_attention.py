@@ -211,10 +211,10 @@ def test_weights_are_what_attend_sums_with(K, groups, T, S, seed):
     sizes = 2, K * groups, K, T, S, 4
     q, k, v = draw(sizes, seed=seed)
     mask = draw_mask(sizes, seed, empty_row=seed % 2 == 0)
-    weights = attention_weights(q, k, mask)
-    assert_close(
-        weights @ v.repeat_interleave(groups, dim=1), attend(q, k, v, mask), 1e-12
-    )
+    scale = None if seed % 3 else 0.3
+    weights = attention_weights(q, k, mask, scale)
+    summed = weights @ v.repeat_interleave(groups, dim=1)
+    assert_close(summed, attend(q, k, v, mask, scale), 1e-12)
     assert (weights >= 0).all()
     assert (weights[~mask.expand_as(weights)] == 0).all()
     assert_close(weights.sum(-1), mask.any(-1).double().expand(weights.shape[:3]), 1e-9)
@@ -717,6 +717,48 @@ def test_compiles_without_a_break(as_user):
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     assert_close(compiled(x, starts), step(x, starts), 1e-6)
+
+
+class StaticCache:
+    """All slots exist from the start, as zeros; the mask hides the empty ones."""
+
+    def __init__(self, B, K, S, H):
+        self.k, self.v = torch.zeros(2, B, K, S, H)
+        self.positions = None  # of the tokens that come next
+
+    def update(self, k, v):
+        self.k.index_copy_(2, self.positions, k)
+        self.v.index_copy_(2, self.positions, v)
+        return self.k, self.v
+
+
+def test_a_cache_of_fixed_size_compiles_once_and_equals_one_causal_pass(as_user):
+    layer = fan_in(Attention(12, num_heads=4, num_kv_heads=2, head_dim=5))
+    x = torch.randn(2, 7, 12)
+    factors = torch.rand(9, 1) + 0.5
+    causal = attention_mask(torch.ones(2, 9, dtype=torch.bool))
+    whole = layer(
+        x, mask=causal[:, :, :7, :7], rotate=lambda heads: heads * factors[:7]
+    )
+    cache = StaticCache(2, 2, 9, 5)  # two slots more than tokens
+
+    @torch.no_grad()
+    def step(token, positions):
+        cache.positions = positions
+        return layer(
+            token,
+            mask=causal[:, :, positions],
+            rotate=lambda heads: heads * factors[positions],
+            cache=cache,
+        )
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="eager", fullgraph=True, dynamic=False)
+    parts = [compiled(x[:, :1], torch.tensor([0]))]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        parts += [compiled(x[:, t : t + 1], torch.tensor([t])) for t in range(1, 7)]
+    assert_close(torch.cat(parts, dim=1), whole, 1e-6)
+    assert (cache.k[:, :, 7:] == 0).all() and (cache.k[:, :, :7] != 0).all()
 
 
 def test_causal_losses_in_one_pass_equal_many():

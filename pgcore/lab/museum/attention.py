@@ -116,7 +116,10 @@ def padding_in_the_rows(starts_block, is_token=None):
 
 
 class HeadsSliceTheInput(Attention):
-    """Head n projects only the n-th part of the features (C80)."""
+    """Head n projects only the n-th part of the features (C80).
+
+    Zeroes the rest of the weights at each call.
+    """
 
     def forward(self, x, **options):
         for projection in (self.q_proj, self.k_proj, self.v_proj):
