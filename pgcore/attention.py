@@ -124,8 +124,8 @@ def attention_weights(
     _require_heads(q, k, k, mask)
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * q.to(wide) @ k.transpose(-2, -1)  # B N T S
+    scores = q.to(wide) @ k.transpose(-2, -1)  # B N T S
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return softmax(scores)
@@ -134,9 +134,9 @@ def attention_weights(
 def _require_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     found = [(x.dtype, *x.shape) for x in (q, k, v)]
     fit = all(x.ndim == 4 and x.is_floating_point() for x in (q, k, v))
-    if fit:
-        (B, N, T, H), (_, K, S, _) = q.shape, k.shape
-        fit = k.shape == v.shape == (B, K, S, H)
+    B, N, T, H = q.shape if fit else (0, 0, 0, 0)
+    K, S = k.shape[1:3] if fit else (0, 0)
+    fit = fit and k.shape == v.shape == (B, K, S, H)
     if not fit or 0 in (K, S) or N % K:
         raise ValueError(
             "q, k, v: expected floats [B, N, T, H] and twice [B, K, S, H], "
@@ -166,6 +166,7 @@ class Cache(Protocol):
         the mask hides them, but 0 x NaN is NaN. Whoever counts positions
         outside a compiled step raises ValueError when T more do not fit.
         """
+        ...
 
 
 class Attention(nn.Module):

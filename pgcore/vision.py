@@ -69,9 +69,15 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, mlp_dim: int, *, num_heads: int, head_dim: int):
         super().__init__()
-        heads = {"num_heads": num_heads, "num_kv_heads": num_heads}
+        n = num_heads  # every head has keys and values of its own
         self.layer_norm1 = LayerNorm(width)
-        self.self_attn = Attention(width, **heads, head_dim=head_dim, bias=True)
+        self.self_attn = Attention(
+            width,
+            num_heads=n,
+            num_kv_heads=n,
+            head_dim=head_dim,
+            bias=True,
+        )
         self.layer_norm2 = LayerNorm(width)
         self.mlp = MLP(width, mlp_dim)
 
@@ -86,7 +92,8 @@ def initialize(module: nn.Module) -> None:
     """Draw the weights of all maps in a module; the rest stays.
 
     Linear: Xavier-uniform. Patches: normal, 1 / sqrt(fan-in). Biases: 0.
-    Source: big_vision, ``models/vit.py``, but for a truncation there.
+    Source: big_vision, ``models/vit.py``; there the patches' normal is
+    truncated, and the MLPs' biases are drawn at 1e-6.
 
     Built in chapter 06, Vision transformer.
     """
@@ -188,9 +195,14 @@ class MAPHead(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         c, n = config, config.num_heads
-        heads = {"num_heads": n, "num_kv_heads": n, "head_dim": c.head_dim}
         self.probe = nn.Parameter(torch.empty(1, 1, c.width))
-        self.attention = Attention(c.width, **heads, bias=True)
+        self.attention = Attention(
+            c.width,
+            num_heads=n,
+            num_kv_heads=n,
+            head_dim=c.head_dim,
+            bias=True,
+        )
         self.layernorm = LayerNorm(c.width)
         self.mlp = MLP(c.width, c.mlp_dim)
         initialize(self)

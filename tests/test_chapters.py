@@ -114,6 +114,8 @@ def test_figures_have_a_caption_a_name_and_alt_text(chapter):
         assert len(rendering.get("image", {}).get("alt", "")) > 40, cell.source[:80]
         name = rendering["figure"]["name"]
         assert f"`{name}`" in prose(chapter), f"no text speaks of {name}"
+        shown = [o for o in cell.outputs if "data" in o]
+        assert len(shown) == 1, f"{name}: the value of the last line is shown, too"
     assert figures >= 3
 
 

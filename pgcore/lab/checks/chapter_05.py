@@ -79,11 +79,11 @@ def masked_head_is_torchs(masked_head):
 def masked_head_learns_from_what_it_reads(masked_head):
     """has torch's gradients where it reads, and zero where it does not"""
     for seed, mask in enumerate(masks(6, 5, seed=7)):
-        inputs = draw((6, 4), (5, 4), (5, 4), seed=seed)
+        q, k, v = inputs = draw((6, 4), (5, 4), (5, 4), seed=seed)
         push = draw((6, 4), seed=9)[0].detach()
         push = push * mask.any(1, keepdim=True)
         ours = torch.autograd.grad((masked_head(*inputs, mask) * push).sum(), inputs)
-        oracle = head_by_torch(*inputs, mask | ~mask.any(1, keepdim=True))
+        oracle = head_by_torch(q, k, v, mask | ~mask.any(1, keepdim=True))
         expected = torch.autograd.grad((oracle * push).sum(), inputs)
         for name, slope, wanted in zip("qkv", ours, expected, strict=True):
             hint = f"Gradient of {name}, {int((~mask.any(1)).sum())} empty rows."

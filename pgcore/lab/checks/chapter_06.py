@@ -102,7 +102,9 @@ def block_is_torchs(run_block):
             6, 2, 9, 0.0, torch.tanh, 1e-6, batch_first=True, norm_first=True
         )
         layer.self_attn, layer.norm1, layer.norm2 = heads, norm1, norm2
-        layer.linear1, layer.linear2 = mlp[0], mlp[2]
+        first, _, last = mlp
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        layer.linear1, layer.linear2 = first, last
         x = 3 * drawn(2, 5, 6, seed=seed) + 1
         hint = "Add to the tokens as they were before the norm."
         ours = run_block(x, norm1, attention, norm2, mlp)

@@ -19,7 +19,7 @@ class SkipFromTheNorm(EncoderBlock):
 
 
 class WithoutFinalNorm(VisionTower):
-    """Stops after the last block, as the notes do (C45)."""
+    """Stops after the last block; the notes name no last norm (C45)."""
 
     def forward(self, images):
         x = self.patch_embedding(images) + self.positions
@@ -29,7 +29,7 @@ class WithoutFinalNorm(VisionTower):
 
 
 class WithoutPositions(VisionTower):
-    """Leaves the table out, as if only flattening lost order (C42)."""
+    """Leaves the table out; the notes rightly add it (C43)."""
 
     def forward(self, images):
         x = self.patch_embedding(images)
@@ -75,7 +75,7 @@ class ChannelsLastPatches(PatchEmbedding):
         x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         x = x.permute(0, 2, 4, 3, 5, 1)  # B rows columns side side C
         x = x.flatten(3).flatten(1, 2)
-        return x @ self.conv.weight.flatten(1).T + self.conv.bias
+        return F.linear(x, self.conv.weight.flatten(1), self.conv.bias)
 
 
 class ExactGELU(MLP):
