@@ -5,6 +5,7 @@
 #   make test       install everything and run every check
 #   make lab        open the chapters in JupyterLab
 #   make chapters   export modules, execute stale notebooks, normalise (CH=02 for one)
+#   make siglip     train the emoji SigLIP that ships (an hour and more; go on by repeating)
 #   make colab      run the chapters as Colab does (CH=02 for one)
 #   make soak       the slow checks: every page at every size, many more random cases
 #   make links      follow every link that leaves the book (needs the network)
@@ -26,7 +27,7 @@ export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: book serve test lint unit notebooks pages lab chapters colab soak links clean
+.PHONY: book serve test lint unit notebooks pages lab chapters siglip colab soak links clean
 .DEFAULT_GOAL := book
 .NOTPARALLEL: # one environment, two cores
 
@@ -65,6 +66,9 @@ lab: .venv/.lab
 
 chapters: .venv/.dev
 	$(BIN)/python tools/render.py $(CH)
+
+siglip: .venv/.lab
+	$(BIN)/python -m pgcore.recipes.emoji_siglip --out runs/emoji_siglip
 
 colab: .venv/.dev
 	PGCORE_COLAB="$(or $(CH),all)" $(PYTEST) tests/test_colab.py

@@ -1,0 +1,62 @@
+"""The emoji SigLIP that ships with the book: weights, words and how it was trained.
+
+Made by ``pgcore.recipes.emoji_siglip``; it has never seen the test artist.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pgcore.lab.words import Words
+from pgcore.siglip import SigLIP, TextConfig
+from pgcore.vision import VisionConfig
+
+FOLDER = Path(__file__).parents[1] / "assets" / "emoji_siglip"
+WEIGHTS, LOG = "model.safetensors", "training.json"
+
+
+def save_emoji_siglip(folder: Path, model: SigLIP, words: Words, log: dict) -> None:
+    """Write the weights, in half precision, with their sizes and words; and the log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "vision": json.dumps(dataclasses.asdict(model.vision.config)),
+        "text": json.dumps(dataclasses.asdict(model.text.config)),
+        "words": " ".join(words.vocabulary),
+    }
+    weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
+    save_file(weights, folder / f"{WEIGHTS}.partial", metadata)
+    os.replace(folder / f"{WEIGHTS}.partial", folder / WEIGHTS)
+    (folder / f"{LOG}.partial").write_text(json.dumps(log, indent=1))
+    os.replace(folder / f"{LOG}.partial", folder / LOG)
+
+
+def load_emoji_siglip(folder: Path = FOLDER) -> tuple[SigLIP, Words]:
+    """Load the trained towers, in float32 and ready for use, and their words.
+
+    Raises:
+        FileNotFoundError: if the folder holds no weights.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"no weights in {folder}: expected {WEIGHTS}")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {name: file.get_tensor(name).float() for name in file.offset_keys()}
+    with torch.device("meta"):
+        model = SigLIP(
+            VisionConfig(**json.loads(metadata["vision"])),
+            TextConfig(**json.loads(metadata["text"])),
+        )
+    model.load_state_dict(weights, assign=True)
+    model.eval().requires_grad_(False)
+    return model, Words(metadata["words"].split())
+
+
+def emoji_siglip_log(folder: Path = FOLDER) -> dict:
+    """What was measured while it trained: steps, the film, the seconds it took."""
+    return json.loads((Path(folder) / LOG).read_text())

@@ -1,0 +1,1 @@
+"""Recipes: one plain file a training run, read like a configuration."""
