@@ -56,7 +56,7 @@ def attention_mask(
     """Who may attend to whom: True where query i may read key j.
 
     True in ``starts_block`` starts a new block of tokens. A token reads
-    its own block and earlier ones, never padding (``is_token`` False):
+    its own block and earlier ones, never padding (``is_token`` False)::
 
         starts_block 0 0 0 0   1 1 1 1   0 0 1 1   1 0 1 0
              query 0 # # # #   # . . .   # # . .   # # . .
