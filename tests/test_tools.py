@@ -248,6 +248,14 @@ def test_a_picture_is_put_on_white_once(write_chapter):
         assert image.mode == "RGB" and image.getpixel((0, 0)) != (0, 0, 0)
 
 
+def test_a_picture_that_moves_keeps_its_frames():
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    moving = base64.b64encode(buffer.getvalue()).decode()
+    assert normalise.smaller_png(moving) is moving
+
+
 @pytest.fixture
 def book(tmp_path):
     """A whole book of one chapter in a folder of its own, and its tools."""

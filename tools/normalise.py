@@ -50,11 +50,13 @@ def smaller_png(encoded: str) -> str:
     """The same pixels on white, without metadata, as small as Pillow makes them.
 
     A picture that is so already stays as it is: another Pillow might pack it otherwise.
+    So does one that moves: Pillow would keep the first of its frames.
     """
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
         image.load()
-        if image.mode == "RGB" and not image.info:
+        moves = getattr(image, "n_frames", 1) > 1
+        if moves or (image.mode == "RGB" and not image.info):
             return encoded
         white = Image.new("RGBA", image.size, "white")
         pixels = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
