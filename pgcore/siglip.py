@@ -72,9 +72,9 @@ class TextTower(nn.Module):
     There is no mask. Padding is read like any word, so pad a text as in
     training, to the same length. The last token's vector is the text's.
 
-    Raises ValueError unless ids are integers of shape B T with T from 1
-    to max_length. Ids must lie below vocab_size. An empty batch gives
-    an empty batch.
+    Raises ValueError unless ids are int32 or int64, of shape B T with T
+    from 1 to max_length. Ids must lie below vocab_size. An empty batch
+    gives an empty batch.
     Source: Zhai et al. (2023); big_vision, ``text_transformer.py``.
 
     Built in chapter 07, Contrastive pretraining.
@@ -116,8 +116,8 @@ class TextTower(nn.Module):
 
 def _require_ids(ids: Tensor, max_length: int) -> None:
     shape = tuple(ids.shape)
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"ids: expected integers, got {ids.dtype}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids: expected int32 or int64, got {ids.dtype}")
     if len(shape) != 2 or not 1 <= shape[1] <= max_length:
         raise ValueError(
             f"ids: expected shape (B, T) with T from 1 to {max_length}, got {shape}"

@@ -16,7 +16,8 @@ from chapter import ROOT, all_chapters, repository, select
 from nbclient import NotebookClient
 
 COLAB_HAS = [
-    "torch", "numpy", "matplotlib", "pillow", "scipy", "ipykernel", "pip", "setuptools"
+    "torch", "numpy", "matplotlib", "pillow", "scipy", "scikit-learn", "safetensors",
+    "ipykernel", "pip", "setuptools",
 ]  # fmt: skip
 CHOSEN = os.environ.get("PGCORE_COLAB", "02")
 CHAPTERS = all_chapters() if CHOSEN == "all" else select([CHOSEN])

@@ -11,6 +11,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from pgcore.lab.museum import siglip as museum
+from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.siglip import (
     SO400M_TEXT,
     TINY_TEXT,
@@ -131,7 +132,7 @@ def from_hugging_face(weights, vision):
 
 
 def draw(vision, text, batch=5, length=None):
-    """Pictures, and ids that end in padding (id 0)."""
+    """Pictures, and ids that end in padding (id 0), as SigLIP's tokenizer pads."""
     images = torch.rand(batch, 3, vision.image_size, vision.image_size) * 2 - 1
     length = length or text.max_length
     ids = torch.randint(1, text.vocab_size, (batch, length))
@@ -225,6 +226,23 @@ def test_so400m_has_the_sizes_of_hugging_face():
     )
     with torch.device("meta"):
         assert count(SiglipModel(config)) == count(SigLIP(SO400M_14_224, SO400M_TEXT))
+    theirs = config.text_config  # heads change no count
+    assert vars(SO400M_TEXT) == {
+        "vocab_size": theirs.vocab_size,
+        "max_length": theirs.max_position_embeddings,
+        "width": theirs.hidden_size,
+        "depth": theirs.num_hidden_layers,
+        "mlp_dim": theirs.intermediate_size,
+        "num_heads": theirs.num_attention_heads,
+        "head_dim": theirs.hidden_size // theirs.num_attention_heads,
+        "projection_dim": theirs.projection_size,
+    }
+
+
+def test_the_shipped_text_tower_is_tiny_text():
+    model, words = load_emoji_siglip()
+    tiny = dataclasses.replace(TINY_TEXT, vocab_size=len(words))
+    assert model.text.config == tiny
 
 
 def test_tiny_text_stands_beside_tiny():
@@ -401,13 +419,21 @@ def test_an_empty_batch_is_an_empty_batch():
         (torch.zeros(2, 10, dtype=torch.long), r"from 1 to 9, got \(2, 10\)"),
         (torch.zeros(2, 0, dtype=torch.long), r"from 1 to 9, got \(2, 0\)"),
         (torch.zeros(9, dtype=torch.long), r"from 1 to 9, got \(9,\)"),
-        (torch.zeros(2, 9), "expected integers, got torch.float32"),
-        (torch.zeros(2, 9, dtype=torch.bool), "expected integers, got torch.bool"),
+        (torch.zeros(2, 9), "expected int32 or int64, got torch.float32"),
+        (torch.zeros(2, 9, dtype=torch.bool), "int32 or int64, got torch.bool"),
+        (torch.zeros(2, 9, dtype=torch.uint8), "int32 or int64, got torch.uint8"),
+        (torch.zeros(2, 9, dtype=torch.int16), "int32 or int64, got torch.int16"),
+        (torch.zeros(2, 9, dtype=torch.cfloat), "int32 or int64, got torch.complex64"),
     ],
 )
 def test_ids_that_are_none_are_refused(ids, message, as_user):
     with pytest.raises(ValueError, match=f"ids: .*{message}"):
         TOWER(ids)
+
+
+def test_int32_ids_are_read_as_int64_are():
+    ids = torch.randint(40, (2, 9))
+    torch.testing.assert_close(TOWER(ids.int()), TOWER(ids))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class CausalText(TextTower):
 
 
 class PaddingHidden(TextTower):
-    """Hides the padding, as every other text model does.
+    """Hides the padding, as BERT and many others do.
 
     Asked and answered in mlfoundations/open_clip, issue 984: SigLIP
     attends to it.
