@@ -104,7 +104,7 @@ def attend(
 
     Built in chapter 05, Attention.
     """
-    _require_heads(q, k, v, mask)
+    require_heads(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
@@ -121,7 +121,7 @@ def attention_weights(
 
     Built in chapter 05, Attention.
     """
-    _require_heads(q, k, k, mask)
+    require_heads(q, k, k, mask)
     wide = torch.promote_types(q.dtype, torch.float32)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.to(wide) @ k.transpose(-2, -1)  # B N T S
@@ -131,7 +131,18 @@ def attention_weights(
     return softmax(scores)
 
 
-def _require_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def require_heads(
+    q: Float[Tensor, "B N T H"],
+    k: Float[Tensor, "B K S H"],
+    v: Float[Tensor, "B K S H"],
+    mask: Bool[Tensor, " B #N #T S"] | None,
+) -> None:
+    """Raise a ValueError unless these fit together, as in ``attend``.
+
+    For other ways to attend, which take the same arguments.
+
+    Built in chapter 05, Attention.
+    """
     found = [(x.dtype, *x.shape) for x in (q, k, v)]
     fit = all(x.ndim == 4 and x.is_floating_point() for x in (q, k, v))
     B, N, T, H = q.shape if fit else (0, 0, 0, 0)
@@ -237,5 +248,6 @@ __all__ = [
     "attention_mask",
     "attention_weights",
     "merge_heads",
+    "require_heads",
     "split_heads",
 ]
