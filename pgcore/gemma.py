@@ -8,7 +8,7 @@ two norms a block and windows (Gemma Team, 2024b).
 """
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pgcore.attention import Attention, _require_heads, attend
+from pgcore.attention import Attention, attend, require_heads
 from pgcore.kv_cache import KVCache, LayerCache
 from pgcore.normalization import RMSNorm
 from pgcore.rope import rotation
@@ -32,50 +32,63 @@ class GemmaConfig:
     Built in chapter 10, Gemma.
     """
 
-    width: int  # D, the features of a token
-    depth: int  # L, blocks
-    mlp_dim: int  # F, of the gate alone
-    num_heads: int  # N, of queries
-    num_kv_heads: int  # K, a divisor of N
-    head_dim: int  # H, even; N * H need not be D
-    vocab_size: int  # V, words
-    query_scale: float | None = None  # of the scores; head_dim ** -0.5
-    attention_softcap: float | None = None  # a bound of the scores
-    final_softcap: float | None = None  # a bound of the logits
-    window: int | None = None  # slots that layers 0, 2, 4, ... read back
-    rope_base: float = 10_000.0  # of the rotary positions
-    post_norms: bool = False  # two more norms a block
+    width: int  # D: every token is a vector of so many features.
+    depth: int  # L: so many blocks, one after the other.
+    mlp_dim: int  # F: gate and up each have so many outputs.
+    num_heads: int  # N: attention has so many heads of queries.
+    num_kv_heads: int  # K: N / K query heads share keys and values.
+    head_dim: int  # H: even; N * H need not be D.
+    vocab_size: int  # V: the table has a row for each word.
+    # Scores are multiplied by it; None: by head_dim ** -0.5.
+    query_scale: float | None = None
+    # Scores stay between -cap and cap; None: they have no bound.
+    attention_softcap: float | None = None
+    # Logits stay between -cap and cap; None: they have no bound.
+    final_softcap: float | None = None
+    # Layers 0, 2, 4, ... read so many slots, their own included; None: all.
+    window: int | None = None
+    # Rotary positions turn the slower the larger it is.
+    rope_base: float = 10_000.0
+    # What attention and MLP hand back is normalised, then added.
+    post_norms: bool = False
 
     def __post_init__(self):
-        sizes, limits = astuple(self)[:7], astuple(self)[7:12]
-        positive = all(limit is None or limit > 0 for limit in limits)
-        fit = min(sizes) >= 1 and self.num_heads % self.num_kv_heads == 0
-        if not fit or not positive or self.head_dim % 2:
+        for field in fields(self)[:-1]:  # all but post_norms
+            value = getattr(self, field.name)
+            fits = field.default is None if value is None else value > 0
+            if not fits:
+                raise ValueError(f"{field.name}: expected above 0, found {value}")
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                "expected sizes and limits above 0, num_kv_heads a divisor "
-                f"of num_heads and an even head_dim, found {self}"
+                "num_kv_heads: expected a divisor of num_heads "
+                f"{self.num_heads}, found {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number, found {self.head_dim}"
             )
 
 
-_gemma1 = partial(GemmaConfig, vocab_size=256_000)
-_gemma2 = partial(
-    _gemma1, attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True
-)
-GEMMA_2B = _gemma1(
-    width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256
-)
-GEMMA_7B = _gemma1(
-    width=3072, depth=28, mlp_dim=24_576, num_heads=16, num_kv_heads=16, head_dim=256
-)
-GEMMA2_2B = _gemma2(
-    width=2304, depth=26, mlp_dim=9216, num_heads=8, num_kv_heads=4, head_dim=256
-)
-GEMMA2_9B = _gemma2(
-    width=3584, depth=42, mlp_dim=14_336, num_heads=16, num_kv_heads=8, head_dim=256
-)
-GEMMA2_27B = partial(_gemma2, query_scale=144**-0.5)(
-    width=4608, depth=46, mlp_dim=36_864, num_heads=32, num_kv_heads=16, head_dim=128
-)
+# fmt: off
+GEMMA_2B = GemmaConfig(
+    width=2048, depth=18, mlp_dim=16_384,
+    num_heads=8, num_kv_heads=1, head_dim=256, vocab_size=256_000)
+GEMMA_7B = GemmaConfig(
+    width=3072, depth=28, mlp_dim=24_576,
+    num_heads=16, num_kv_heads=16, head_dim=256, vocab_size=256_000)
+GEMMA2_2B = GemmaConfig(
+    width=2304, depth=26, mlp_dim=9216,
+    num_heads=8, num_kv_heads=4, head_dim=256, vocab_size=256_000,
+    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+GEMMA2_9B = GemmaConfig(
+    width=3584, depth=42, mlp_dim=14_336,
+    num_heads=16, num_kv_heads=8, head_dim=256, vocab_size=256_000,
+    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+GEMMA2_27B = GemmaConfig(
+    width=4608, depth=46, mlp_dim=36_864, query_scale=144**-0.5,
+    num_heads=32, num_kv_heads=16, head_dim=128, vocab_size=256_000,
+    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+# fmt: on
 
 
 class GeGLU(nn.Module):
@@ -101,7 +114,8 @@ class GeGLU(nn.Module):
 def softcap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:
     """Press numbers smoothly into (-cap, cap): cap * tanh(x / cap).
 
-    Order is kept; infinities become the bounds, a NaN stays one.
+    Order is kept, up to rounding; infinities become the bounds, and a
+    NaN stays one.
     Source: Gemma Team (2024b), section 2.
 
     Built in chapter 10, Gemma.
@@ -121,24 +135,27 @@ def attend_softcapped(
     """``attend`` with its scores soft-capped, before the mask.
 
     Arguments, errors and rows with nothing to read: as for ``attend``.
-    torch's fused kernel takes no soft-cap: the table of scores exists,
-    B x N x T x S in float32 at least, two or three times.
+    q k^T is rounded to the dtype of q first; then float32 at least.
+    torch's fused kernel takes no soft-cap, so tables of B x N x T x S
+    numbers are made: three, and two more for q, k, v in 16 bits.
     Source: Gemma Team (2024b), section 2.
 
     Built in chapter 10, Gemma.
     """
-    _require_heads(q, k, v, mask)
+    require_heads(q, k, v, mask)
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
-    factor = (H**-0.5 if scale is None else scale) / cap
+    scale = H**-0.5 if scale is None else scale
     if mask is None:
         mask = torch.ones(B, 1, T, S, dtype=torch.bool, device=q.device)
-    # Queries of a group stand below each other: no key is copied.
-    stacked = q.reshape(B, K, N // K * T, H)
+    # N is K groups of G heads, so B N T H is B K G*T H without moving a
+    # number: the queries of a group stand below each other, and no key
+    # is copied. The scale goes first, lest q k^T is too large for 16 bits.
+    stacked = (scale * q).reshape(B, K, N // K * T, H)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (stacked @ k.transpose(-2, -1)).to(wide)  # B K G*T S
     # In place, and the cap's factor together with the mask: a further
     # table would cost as much memory as this one.
-    scores.mul_(factor).tanh_()
+    scores.div_(cap).tanh_()
     can_read = mask.any(dim=-1, keepdim=True)  # a softmax of none is NaN
     hidden = torch.zeros(mask.shape, dtype=wide, device=q.device)
     hidden.masked_fill_(~mask & can_read, -torch.inf)
@@ -222,7 +239,7 @@ class Gemma(nn.Module):
         Raises ValueError unless ids are int32 or int64 [B, T]; on a CPU,
         where looking costs no wait, also for an id that is no row.
         """
-        rows, outside = self.config.vocab_size, ids[:0]
+        rows, outside = self.config.vocab_size, ids.new_empty(0)
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = ids[(ids < 0) | (ids >= rows)]
         kinds = torch.int32, torch.int64
@@ -240,23 +257,18 @@ class Gemma(nn.Module):
         x: Float[Tensor, "B T D"],
         *,
         positions: Int[Tensor, "B T"],
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        mask: Bool[Tensor, "B 1 T S"],
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let the tokens read each other; hand them out normalised.
 
         positions: for the rotation, padding not counted (chapter 08).
-        mask: True = may attend; S is T, or the slots of the cache. None,
-        without a cache: every token reads every other.
+        mask: True = may attend; S is T, or the slots of the cache.
         cache: ``reserve(T)`` comes first (chapter 09). None: training.
         Raises ValueError for arguments that do not fit each other.
         """
-        c, (B, T) = self.config, x.shape[:2]
-        slots = cache.slots if cache else torch.arange(T, device=x.device)
-        if mask is None and cache is None:
-            mask = torch.ones(B, 1, T, T, dtype=torch.bool, device=x.device)
-        self._require_fit(x, positions, mask, cache, slots)
-        masks = self._masks(mask, slots)
+        c = self.config
+        masks = self._masks(mask, self._slots(x, positions, mask, cache))
         rotate = rotation(positions, c.head_dim, base=c.rope_base, dtype=x.dtype)
         for index, layer in enumerate(self.layers):
             memory = None if cache is None else cache.layers[index]
@@ -275,20 +287,28 @@ class Gemma(nn.Module):
             return mask, mask
         return _local_mask(mask, slots, self.config.window), mask
 
-    def _require_fit(self, x, positions, mask, cache, slots) -> None:
-        (B, T), S, depth = x.shape[:2], x.shape[1], self.config.depth
-        found = [getattr(positions, "shape", positions), None]
-        found += [depth, len(slots)]
-        if cache is not None:
-            found[2], S = len(cache.layers), cache.keys.shape[3]
-        if mask is not None:
-            found[1] = (mask.dtype, *mask.shape)
-        if found != [(B, T), (torch.bool, B, 1, T, S), depth, T]:
-            raise ValueError(
-                "positions, mask, layers of the cache, slots reserved: "
-                f"expected [{B}, {T}], booleans [{B}, 1, {T}, {S}], "
-                f"{depth} and {T}, found {found}"
-            )
+    def _slots(self, x, positions, mask, cache) -> Tensor:
+        """Of the new tokens. ValueError unless all fit each other."""
+        c = self.config
+        if x.ndim != 3 or x.shape[2] != c.width:
+            raise ValueError(f"x: expected B T {c.width}, found {tuple(x.shape)}")
+        B, T = x.shape[:2]
+        if cache is None:
+            slots = torch.arange(T, device=x.device)
+            S, layers = T, c.depth
+        else:
+            slots = cache.slots
+            S, layers = cache.keys.shape[3], len(cache.layers)
+        for name, found, expected in (
+            ("positions", getattr(positions, "shape", positions), (B, T)),
+            ("mask", getattr(mask, "shape", mask), (B, 1, T, S)),
+            ("mask", getattr(mask, "dtype", mask), torch.bool),
+            ("layers of the cache", layers, c.depth),
+            ("slots reserved", len(slots), T),
+        ):
+            if found != expected:
+                raise ValueError(f"{name}: expected {expected}, found {found}")
+        return slots
 
 
 __all__ = [

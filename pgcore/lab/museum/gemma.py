@@ -69,7 +69,7 @@ def kv_heads_tiled_capped(q, k, v, mask=None, scale=None, *, cap):
 
 
 class SkipFromTheNorm(GemmaBlock):
-    """The norm's output is what the skip carries (the notes, C67)."""
+    """The skip carries the norm's output, as in the book's notes."""
 
     def forward(self, x, *, mask, rotate, cache=None):
         x = self.pre_attention_norm(x)
@@ -110,7 +110,7 @@ class NoEmbeddingScale(Gemma):
 
 
 class NoFinalSoftcap(Gemma):
-    """The final cap is forgotten. The order of words does not change."""
+    """The final cap is forgotten. The order of words stays, but for rounding."""
 
     def logits(self, hidden):
         return F.linear(hidden, self.embed_tokens.weight)
@@ -168,10 +168,10 @@ TWINS = (
 
 
 def with_bug(gemma: Gemma, twin) -> Gemma:
-    """A copy with the same weights and one bug.
+    """A copy of a Gemma 2 with the same weights and one bug.
 
     Modules of the class that the twin extends become the twin; a function
-    takes the place of ``attend_softcapped``.
+    takes the place of ``attend_softcapped``, which a Gemma 1 has not.
     """
     copy = Gemma(gemma.config)
     copy.load_state_dict(gemma.state_dict())
