@@ -202,10 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji_siglip"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ship", type=Path, help="write the weights here as well")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, words, log = train(Recipe(steps=options.steps), options.out, device)
+    recipe = Recipe(steps=options.steps, seed=options.seed)
+    model, words, log = train(recipe, options.out, device)
     folder = options.ship or options.out / "shipped"
     save_emoji_siglip(folder, model.cpu(), words, log)
     print(f"written: {folder}")
