@@ -77,17 +77,18 @@ GEMMA_7B = GemmaConfig(
     width=3072, depth=28, mlp_dim=24_576,
     num_heads=16, num_kv_heads=16, head_dim=256, vocab_size=256_000)
 GEMMA2_2B = GemmaConfig(
-    width=2304, depth=26, mlp_dim=9216,
+    width=2304, depth=26, mlp_dim=9216, post_norms=True,
     num_heads=8, num_kv_heads=4, head_dim=256, vocab_size=256_000,
-    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+    attention_softcap=50.0, final_softcap=30.0, window=4096)
 GEMMA2_9B = GemmaConfig(
-    width=3584, depth=42, mlp_dim=14_336,
+    width=3584, depth=42, mlp_dim=14_336, post_norms=True,
     num_heads=16, num_kv_heads=8, head_dim=256, vocab_size=256_000,
-    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+    attention_softcap=50.0, final_softcap=30.0, window=4096)
 GEMMA2_27B = GemmaConfig(
-    width=4608, depth=46, mlp_dim=36_864, query_scale=144**-0.5,
+    width=4608, depth=46, mlp_dim=36_864, post_norms=True,
+    query_scale=144**-0.5,
     num_heads=32, num_kv_heads=16, head_dim=128, vocab_size=256_000,
-    attention_softcap=50.0, final_softcap=30.0, window=4096, post_norms=True)
+    attention_softcap=50.0, final_softcap=30.0, window=4096)
 # fmt: on
 
 

@@ -110,7 +110,10 @@ class NoEmbeddingScale(Gemma):
 
 
 class NoFinalSoftcap(Gemma):
-    """The final cap is forgotten. The order of words stays, but for rounding."""
+    """The final cap is forgotten. The order of words stays.
+
+    But for rounding: far above the cap, capped logits are equal.
+    """
 
     def logits(self, hidden):
         return F.linear(hidden, self.embed_tokens.weight)
