@@ -145,13 +145,13 @@ def attend_softcapped(
     """
     require_heads(q, k, v, mask)
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
-    scale = H**-0.5 if scale is None else scale
+    factor: float = H**-0.5 if scale is None else scale
     if mask is None:
         mask = torch.ones(B, 1, T, S, dtype=torch.bool, device=q.device)
     # N is K groups of G heads, so B N T H is B K G*T H without moving a
     # number: the queries of a group stand below each other, and no key
     # is copied. The scale goes first, lest q k^T is too large for 16 bits.
-    stacked = (scale * q).reshape(B, K, N // K * T, H)
+    stacked = (factor * q).reshape(B, K, N // K * T, H)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (stacked @ k.transpose(-2, -1)).to(wide)  # B K G*T S
     # In place, and the cap's factor together with the mask: a further
