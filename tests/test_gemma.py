@@ -553,7 +553,11 @@ def test_the_rotation_is_made_once_in_the_dtype_of_the_activations(monkeypatch):
     [(GEMMA1, "eager"), (GEMMA2, "inductor")],  # inductor takes its time
     ids=["gemma1", "gemma2"],
 )
-def test_one_compiled_decode_step_serves_a_whole_text(config, backend, as_user):
+def test_one_compiled_decode_step_serves_a_whole_text(
+    config, backend, as_user, request
+):
+    if backend == "inductor":
+        request.getfixturevalue("cpp_compiler")
     from torch._dynamo.utils import counters
 
     config = SHALLOW[config]

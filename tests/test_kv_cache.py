@@ -623,11 +623,11 @@ def assert_a_compiled_step_copies_no_cache(kind):
     assert max(prod(sizes) for sizes in sizes_allocated(new_cache(kind))) < whole
 
 
-def test_a_compiled_step_copies_no_cache(as_user):
+def test_a_compiled_step_copies_no_cache(as_user, cpp_compiler):
     assert_a_compiled_step_copies_no_cache(KVCache)
 
 
-def test_views_taken_in_the_step_fail_that_test(as_user):
+def test_views_taken_in_the_step_fail_that_test(as_user, cpp_compiler):
     assert_parity(cache=museum.ViewsTakenInTheStep)
     with pytest.raises(AssertionError):
         assert_a_compiled_step_copies_no_cache(museum.ViewsTakenInTheStep)
