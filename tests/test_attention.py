@@ -20,6 +20,7 @@ from pgcore.attention import (
     split_heads,
 )
 from pgcore.lab.museum import attention as museum
+from tests.draws import assert_close, draw_heads, draw_mask, fan_in, name_of
 from tests.reference.attention import reference_attention
 
 ATTEND_TWINS = [
@@ -44,46 +45,6 @@ SIZES = [  # B, N, K, T, S, H
     (3, 6, 3, 1, 7, 72),
     (1, 8, 1, 9, 4, 16),
 ]
-
-
-def name_of(twin):
-    return twin.__name__
-
-
-def draw(sizes, dtype=torch.float64, grad=False, seed=0):
-    B, N, K, T, S, H = sizes
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (B, N, T, H), (B, K, S, H), (B, K, S, H)
-    return [
-        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=grad)
-        for shape in shapes
-    ]
-
-
-def draw_mask(sizes, seed=0, heads=None, rows=None, empty_row=False):
-    B, N, _, T, S, _ = sizes
-    shape = B, heads or 1, rows or T, S
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
-    mask[..., seed % S] = True
-    if empty_row:
-        mask[:, :, 0] = False
-    return mask
-
-
-def fan_in(module, seed=0):
-    """Draw every weight, biases and norms too, at a size that keeps the variance."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            std = parameter.shape[1] ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.normal_(std=std, generator=generator)
-    return module
-
-
-def assert_close(actual, expected, tolerance):
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance * max(1.0, expected.abs().max().item())
 
 
 def oracle(q, k, v, mask=None, scale=None):
@@ -114,7 +75,7 @@ def assert_attend_parity(fn):
         ]
         for mask in masks:
             for scale in (None, 0.3):
-                inputs = draw(sizes, grad=True, seed=seed)
+                inputs = draw_heads(sizes, grad=True, seed=seed)
                 ours, theirs = (f(*inputs, mask, scale) for f in (fn, oracle))
                 assert_close(ours, theirs, 1e-12)
                 push = torch.randn_like(theirs)
@@ -139,13 +100,13 @@ def test_wrong_attention_fails_the_parity_test(twin):
 @pytest.mark.parametrize("twin", ATTEND_TWINS, ids=name_of)
 def test_wrong_attention_has_the_right_shape(twin):
     sizes = SIZES[2]
-    inputs = draw(sizes, torch.float32)
+    inputs = draw_heads(sizes, torch.float32)
     assert twin(*inputs, draw_mask(sizes)).shape == inputs[0].shape
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_attend_equals_one_query_at_a_time(sizes):
-    inputs, mask = draw(sizes), draw_mask(sizes, empty_row=True)
+    inputs, mask = draw_heads(sizes), draw_mask(sizes, empty_row=True)
     assert_close(attend(*inputs, mask), reference_attention(*inputs, mask), 1e-12)
     assert_close(attend(*inputs), reference_attention(*inputs), 1e-12)
     assert_close(oracle(*inputs, mask), reference_attention(*inputs, mask), 1e-12)
@@ -157,7 +118,7 @@ def test_attend_equals_one_query_at_a_time(sizes):
 )
 def test_attend_in_other_precisions(dtype, tolerance):
     for sizes in [*SIZES, (2, 8, 1, 40, 300, 256)]:
-        inputs, mask = draw(sizes, dtype), draw_mask(sizes, empty_row=True)
+        inputs, mask = draw_heads(sizes, dtype), draw_mask(sizes, empty_row=True)
         value = attend(*inputs, mask)
         assert value.dtype == dtype
         assert_close(value, oracle(*inputs, mask), tolerance)
@@ -166,7 +127,7 @@ def test_attend_in_other_precisions(dtype, tolerance):
 def test_gradcheck():
     sizes = (1, 4, 2, 3, 4, 3)
     mask = draw_mask(sizes, empty_row=True)
-    inputs = draw(sizes, grad=True)
+    inputs = draw_heads(sizes, grad=True)
     assert torch.autograd.gradcheck(lambda *x: attend(*x, mask), inputs)
     assert torch.autograd.gradcheck(
         lambda q, k: attention_weights(q, k, mask), inputs[:2]
@@ -182,7 +143,7 @@ def test_gradcheck():
 def test_a_query_with_nothing_to_read_gives_zeros_and_no_gradient(
     sizes, dtype, backend
 ):
-    q, k, v = inputs = draw(sizes, dtype, grad=True)
+    q, k, v = inputs = draw_heads(sizes, dtype, grad=True)
     mask = draw_mask(sizes)
     mask[0] = False
     mask[1, :, 0] = False
@@ -209,7 +170,7 @@ def test_a_query_with_nothing_to_read_gives_zeros_and_no_gradient(
 )
 def test_weights_are_what_attend_sums_with(K, groups, T, S, seed):
     sizes = 2, K * groups, K, T, S, 4
-    q, k, v = draw(sizes, seed=seed)
+    q, k, v = draw_heads(sizes, seed=seed)
     mask = draw_mask(sizes, seed, empty_row=seed % 2 == 0)
     scale = None if seed % 3 else 0.3
     weights = attention_weights(q, k, mask, scale)
@@ -223,7 +184,7 @@ def test_weights_are_what_attend_sums_with(K, groups, T, S, seed):
 @given(st.integers(0, 1000))
 def test_a_hidden_key_does_not_matter(seed):
     sizes = SIZES[2]
-    q, k, v = draw(sizes, seed=seed)
+    q, k, v = draw_heads(sizes, seed=seed)
     mask = draw_mask(sizes, seed)
     mask[:, :, :, 1] = False
     expected = attend(q, k, v, mask)
@@ -236,7 +197,7 @@ def test_a_hidden_key_does_not_matter(seed):
 
 @given(st.randoms(use_true_random=False), st.integers(0, 1000))
 def test_shuffled_keys_change_nothing_and_shuffled_queries_shuffle(random, seed):
-    q, k, v = draw(SIZES[2], seed=seed)
+    q, k, v = draw_heads(SIZES[2], seed=seed)
     mask = draw_mask(SIZES[2], seed)
     rows, columns = (random.sample(range(n), n) for n in (6, 9))
     moved = attend(
@@ -250,21 +211,21 @@ def test_shuffled_keys_change_nothing_and_shuffled_queries_shuffle(random, seed)
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_shared_heads_equal_copied_heads(groups):
-    q, k, v = draw((2, 8, 8 // groups, 5, 6, 4))
+    q, k, v = draw_heads((2, 8, 8 // groups, 5, 6, 4))
     copies = [x.repeat_interleave(groups, dim=1) for x in (k, v)]
     assert torch.equal(attend(q, k, v), attend(q, *copies))
     assert_close(attention_weights(q, k), attention_weights(q, copies[0]), 1e-15)
 
 
 def test_attention_weights_are_float32_at_least():
-    q, k, _ = draw(SIZES[2], torch.bfloat16)
+    q, k, _ = draw_heads(SIZES[2], torch.bfloat16)
     weights = attention_weights(q, k)
     assert weights.dtype == torch.float32
     assert_close(weights, attention_weights(q.double(), k.double()), 1e-6)
 
 
 def test_attention_weights_stay_finite_for_huge_scores():
-    q, k, _ = draw(SIZES[1], torch.float32)
+    q, k, _ = draw_heads(SIZES[1], torch.float32)
     assert attention_weights(1e4 * q, 1e4 * k).isfinite().all()
 
 
@@ -597,7 +558,7 @@ def test_empty_batches_and_queries():
 
 @pytest.mark.parametrize("which", [1, 2])
 def test_nan_in_keys_and_values_is_passed_on(which):
-    inputs = draw(SIZES[1])
+    inputs = draw_heads(SIZES[1])
     inputs[which][0, 0, 2] = torch.nan
     assert attend(*inputs)[0, 0].isnan().all()
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool)
@@ -607,7 +568,7 @@ def test_nan_in_keys_and_values_is_passed_on(which):
 
 def test_nan_in_a_query_stays_in_its_row_or_is_lost():
     """torch's kernel takes a short row of NaN for an empty one. The layer does not."""
-    q, k, v = draw(SIZES[1])
+    q, k, v = draw_heads(SIZES[1])
     expected = attend(q, k, v)
     q[0, 0, 1] = torch.nan
     value = attend(q, k, v)
@@ -635,7 +596,7 @@ BAD_HEADS = {
 
 @pytest.mark.parametrize("spoil", BAD_HEADS.values(), ids=BAD_HEADS)
 def test_bad_heads_are_a_value_error(spoil, as_user):
-    q, k, v = spoil(*draw(SIZES[2], torch.float32))
+    q, k, v = spoil(*draw_heads(SIZES[2], torch.float32))
     with pytest.raises(ValueError, match="q, k, v: expected .* found"):
         attend(q, k, v)
     if k.shape == v.shape:
@@ -658,7 +619,7 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize("mask", BAD_MASKS.values(), ids=BAD_MASKS)
 def test_a_bad_mask_is_a_value_error(mask, as_user):
-    q, k, v = draw(SIZES[2], torch.float32)
+    q, k, v = draw_heads(SIZES[2], torch.float32)
     for call in (lambda: attend(q, k, v, mask), lambda: attention_weights(q, k, mask)):
         with pytest.raises(ValueError, match="mask: expected booleans .* found"):
             call()

@@ -31,6 +31,7 @@ from pgcore.kv_cache import KVCache
 from pgcore.lab.museum import gemma as museum
 from pgcore.lab.verses import load_verses
 from pgcore.rope import token_positions
+from tests.draws import draw_heads, draw_mask, fan_in
 from tests.reference.gemma import reference_attend_softcapped, reference_gemma
 
 # No two sizes equal by chance; head_dim is not width / num_heads = 10.
@@ -64,16 +65,6 @@ EVERY_PRESET = pytest.mark.parametrize(
     ("config", "without_table"), PRESETS.values(), ids=PRESETS
 )
 TOLERANCE = 5e-6
-
-
-def fan_in(module, seed=0):
-    """Draw every weight, norms too, at a size that keeps the variance."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            std = 0.3 if weight.ndim == 1 else weight.shape[1] ** -0.5
-            weight.normal_(std=std, generator=generator)
-    return module
 
 
 @cache
@@ -672,26 +663,6 @@ SIZES = [  # B, N, K, T, S, H
     (2, 8, 2, 6, 9, 5),
     (3, 6, 3, 1, 7, 12),
 ]
-
-
-def draw_heads(sizes, dtype=torch.float64, grad=False, seed=0):
-    B, N, K, T, S, H = sizes
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (B, N, T, H), (B, K, S, H), (B, K, S, H)
-    return [
-        torch.randn(shape, generator=generator, dtype=dtype, requires_grad=grad)
-        for shape in shapes
-    ]
-
-
-def draw_mask(sizes, seed=0, heads=None, rows=None, empty_row=False):
-    B, N, _, T, S, _ = sizes
-    shape = B, heads or 1, rows or T, S
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
-    mask[..., seed % S] = True
-    if empty_row:
-        mask[:, :, 0] = False
-    return mask
 
 
 def assert_softcapped_parity(fn):

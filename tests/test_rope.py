@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pgcore.attention import Attention, attention_mask
 from pgcore.lab.museum import rope as museum
 from pgcore.rope import apply_rope, rope_angles, rotation, token_positions
+from tests.draws import assert_close, fan_in, name_of
 from tests.reference.rope import reference_rope
 
 ANGLE_TWINS = [museum.exponent_off_by_one, museum.angles_in_bfloat16]
@@ -31,10 +32,6 @@ SIZES = [  # B, heads, T, H, base
 INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
-def name_of(value):
-    return getattr(value, "__name__", str(value))
-
-
 def draw(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=dtype)
@@ -43,15 +40,6 @@ def draw(*shape, dtype=torch.float64, seed=0):
 def draw_positions(B, T, seed=0, last=8192):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, last, (B, T), generator=generator)
-
-
-def fan_in(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            std = weight.shape[1] ** -0.5 if weight.ndim > 1 else 0.3
-            weight.normal_(std=std, generator=generator)
-    return module
 
 
 def exact_angles(positions, head_dim, base=1e4):
@@ -79,12 +67,6 @@ def restarts_after_padding(is_token):
 
 
 COUNT_TWINS = [slots_as_positions, restarts_after_padding]
-
-
-def assert_close(actual, expected, tolerance):
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected.double()).abs().max().item()
-    assert error <= tolerance * max(1.0, expected.abs().max().item())
 
 
 # angles
