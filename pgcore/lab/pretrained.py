@@ -5,13 +5,13 @@ Made by ``pgcore.recipes.emoji_siglip``; it has never seen the test artist.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pgcore.lab._files import written_whole
 from pgcore.lab.words import Words
 from pgcore.siglip import SigLIP, TextConfig
 from pgcore.vision import VisionConfig
@@ -29,10 +29,10 @@ def save_emoji_siglip(folder: Path, model: SigLIP, words: Words, log: dict) -> N
         "words": " ".join(words.vocabulary),
     }
     weights = {name: w.half().contiguous() for name, w in model.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS}.partial", metadata)
-    os.replace(folder / f"{WEIGHTS}.partial", folder / WEIGHTS)
-    (folder / f"{LOG}.partial").write_text(json.dumps(log, indent=1))
-    os.replace(folder / f"{LOG}.partial", folder / LOG)
+    with written_whole(folder / WEIGHTS) as path:
+        save_file(weights, path, metadata)
+    with written_whole(folder / LOG) as path:
+        path.write_text(json.dumps(log, indent=1))
 
 
 def load_emoji_siglip(folder: Path = FOLDER) -> tuple[SigLIP, Words]:

@@ -1,6 +1,5 @@
 """A training run of two towers that survives being stopped."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgcore.attention import Attention
+from pgcore.lab._files import written_whole
 from pgcore.siglip import SigLIP
 from pgcore.sigmoid import siglip_loss
 
@@ -78,9 +78,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
         """Go back to a state that ``save`` wrote.

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pgcore.attention import Attention, attention_mask
 from pgcore.kv_cache import KVCache
+from pgcore.lab._files import written_whole
 from pgcore.normalization import RMSNorm
 from pgcore.rope import rotation
 
@@ -118,7 +120,9 @@ def measure() -> dict[str, list[list[float]]]:
     turns = [(name, context) for context in CONTEXTS for name in ways[context]]
     taken: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
     shuffled = random.Random(0)
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        if number % 10 == 0:
+            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
         for name, context in shuffled.sample(turns, len(turns)):
             way = ways[context][name]
             start = time.thread_time()
@@ -150,7 +154,8 @@ def main() -> None:
         "load": round(os.getloadavg()[0], 1),
         "milliseconds": milliseconds,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    with written_whole(options.out) as path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
