@@ -15,4 +15,28 @@ Whole words (``"classes D"``) name what the alphabet has no letter for.
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "Processor",
+    "__version__",
+    "generate",
+    "load",
+]
+
+_HOMES = {
+    "PaliGemma": "paligemma",
+    "PaliGemmaConfig": "paligemma",
+    "Processor": "processing",
+    "generate": "api",
+    "load": "api",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first asked for: importing pgcore stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pgcore' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"pgcore.{_HOMES[name]}"), name)

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 
 CONDA_NAMES = {
     "torch": "pytorch",
+    "huggingface-hub": "huggingface_hub",
     "matplotlib": "matplotlib-base",
     "playwright": "playwright-python",
 }

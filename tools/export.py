@@ -21,7 +21,9 @@ DESTINATIONS = {
     "wrong": "pgcore/lab/museum/{}.py",
     "reference": "tests/reference/{}.py",
 }
-WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli", "assets")
+WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli", "assets", "big_vision")
+# Plumbing, by hand as well, that chapters may import from this one on.
+PLUMBING = {"files": "00", "hub_config": "13"}
 HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 
 
@@ -95,7 +97,8 @@ def check_module_name(chapter: Chapter) -> None:
             f"{chapter.relative_path}: it has marked cells, but its metadata names no "
             'module ({"pgcore": {"module": "..."}})'
         )
-    if not module.isidentifier() or module[0] == "_" or module in WRITTEN_BY_HAND:
+    taken = module in WRITTEN_BY_HAND or module in PLUMBING
+    if not module.isidentifier() or module[0] == "_" or taken:
         raise ValueError(
             f"{chapter.relative_path}: {module!r} cannot be the name of its module"
         )
@@ -140,6 +143,9 @@ def check_imports(tree: ast.Module, chapter: Chapter) -> None:
     number_of = {
         c.module: c.number for c in all_chapters(chapter.path.parent) if c.module
     }
+    for module, first in PLUMBING.items():
+        if chapter.number >= first:
+            number_of[module] = "00"
     for name in imported_modules(tree):
         if name.startswith(".") or name.split(".")[0] in ("tests", "importlib"):
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pgcore.lab._files import written_whole
+from pgcore.files import written_whole
 from pgcore.lab.words import Words
 from pgcore.siglip import SigLIP, TextConfig
 from pgcore.vision import VisionConfig

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgcore.attention import Attention
-from pgcore.lab._files import written_whole
+from pgcore.files import written_whole
 from pgcore.siglip import SigLIP
 from pgcore.sigmoid import siglip_loss
 

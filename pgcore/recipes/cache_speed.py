@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pgcore.attention import Attention, attention_mask
+from pgcore.files import written_whole
 from pgcore.kv_cache import KVCache
-from pgcore.lab._files import written_whole
 from pgcore.normalization import RMSNorm
 from pgcore.rope import rotation
 

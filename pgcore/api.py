@@ -1,0 +1,271 @@
+"""``pgcore.load`` and ``pgcore.generate``: all chapters behind two functions."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgcore.generation import (
+    Sampler,
+    TextStream,
+    beam_search,
+    compiled_read_token,
+    read_token,
+    write_tokens,
+)
+from pgcore.paligemma import PaliGemma
+from pgcore.processing import EOS, Processor, load_processor
+from pgcore.weights import load_model
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # nothing else comes
+
+
+def load(
+    source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[PaliGemma, Processor]:
+    """Load a PaliGemma and its processor, ready for use.
+
+    Args:
+        source: ``"tiny"``, which ships with the book; a folder; or a name on the
+            Hugging Face hub such as ``"google/paligemma2-3b-mix-224"``, whose files are
+            downloaded once. The token is found where ``hf auth login`` puts it.
+        device: as torch names it; ``"auto"`` takes a GPU if there is one.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or a torch dtype;
+            ``"auto"`` takes the files' own.
+
+    Raises:
+        FileNotFoundError: if the source, or one of its files, is not there.
+        ValueError: for anything in it that is broken or does not fit.
+    """
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted is None and dtype != "auto":
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, found {dtype!r}")
+    chosen = choose_device(device)
+    folder = find_checkpoint(source)
+    processor = load_processor(folder)
+    model = load_model(folder, device=chosen, dtype=wanted)
+    require_fit(model, processor, folder)
+    return model, processor
+
+
+def choose_device(device: str) -> str:
+    """Turn ``"auto"`` into a GPU if there is one; check any other name.
+
+    Raises:
+        ValueError: for a device that torch does not know or that is not there.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator.type if accelerator is not None else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
+    return device
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder of a checkpoint; one on the hub is downloaded first.
+
+    Raises:
+        FileNotFoundError: if it is neither here nor there.
+        ValueError: if the hub refuses it.
+    """
+    if source == "tiny":
+        if not (TINY / "config.json").is_file():
+            raise FileNotFoundError(
+                'the model "tiny" is not trained yet (chapter 16 does); name a folder'
+                " or a checkpoint on the hub instead"
+            )
+        return TINY
+    if (folder := Path(source)).is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
+        raise FileNotFoundError(
+            f"{source}: expected a folder, a name on the hub such as"
+            ' google/paligemma2-3b-mix-224, or "tiny"'
+        )
+    return _download(str(source))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise ValueError(
+            f"{name}: its licence must be accepted first: do so on its page on the hub,"
+            " then log in with: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{name}: neither a folder nor a model that the hub shows you; check the"
+            " name, and log in with: hf auth login"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: not a folder, and it cannot be downloaded: {reason}"
+        ) from None
+
+
+def require_fit(model: PaliGemma, processor: Processor, where: Path) -> None:
+    """Raise ValueError unless the processor makes what the model reads."""
+    vision, rows = model.config.vision, model.config.text.vocab_size
+    image_token = processor.id_of("<image>")
+    for name, found, expected in (
+        ("image size", processor.image_size, vision.image_size),
+        ("image tokens", processor.num_image_tokens, vision.num_patches),
+        ("id of <image>", image_token, model.config.image_token),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{where}: {name}: the processor has {found}, the model {expected}"
+            )
+    most = processor.tokenizer.get_vocab_size() - 1
+    if most >= max(rows, image_token + 1):
+        raise ValueError(
+            f"{where}: the tokenizer has ids up to {most}, the model {rows} words"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote for one prompt.
+
+    Attributes:
+        text: without ``<eos>``.
+        tokens: the ids, with ``<eos>`` if the answer ended with it.
+        probabilities: the model's own, one a token; their product is that of the
+            answer. Empty after a beam search.
+    """
+
+    text: str
+    tokens: list[int]
+    probabilities: list[float]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def generate(
+    model: PaliGemma,
+    processor: Processor,
+    images: Any,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    seed: int | None = None,
+    stream: bool = False,
+    probabilities: bool = False,
+    compile: bool = False,
+) -> Any:
+    """Answer prompts about pictures.
+
+    Args:
+        model: from ``load``.
+        processor: from ``load``.
+        images: a picture for each prompt; or a list of several, or of none.
+        prompts: in PaliGemma's language, such as ``"caption en"``. One prompt and one
+            picture may stand alone: then the result stands alone, too.
+        max_new_tokens: an answer is cut there.
+        temperature: 0 always writes the most probable token; above it, draws.
+        top_k: draw from the so many most probable tokens.
+        top_p: draw from the fewest tokens that hold this share.
+        num_beams: above 1, search for the most probable answer, so many at a time.
+        length_penalty: of that search; above 1 favours long answers.
+        seed: the same seed draws the same answers.
+        stream: return an iterator at once that gives the text as it is written: for
+            each token a piece a prompt, often one word, at times ``""``.
+        probabilities: return an ``Answer`` for each prompt, not only its text.
+        compile: compile the decode step. The first use takes half a minute and more.
+
+    Returns:
+        A text for each prompt; or what ``stream`` or ``probabilities`` ask for.
+
+    Raises:
+        ValueError: for options that exclude each other or make no sense, and as the
+            processor.
+    """
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected 1 or more, found {max_new_tokens}")
+    if num_beams > 1 and (stream or probabilities or compile or temperature > 0):
+        raise ValueError(
+            "num_beams: a search goes with none of stream, probabilities, compile and"
+            " temperature"
+        )
+    alone = isinstance(prompts, str)
+    batch = processor([images], [prompts]) if alone else processor(images, prompts)
+    device = model.projector.linear.weight.device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    limits = {"max_new_tokens": max_new_tokens, "stop": processor.id_of(EOS)}
+    if num_beams != 1:
+        search = {"num_beams": num_beams, "length_penalty": length_penalty}
+        found = beam_search(model, batch, **search, **limits)
+        texts = [processor.decode(ids) for _, ids in found]
+        return texts[0] if alone else texts
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    sampler = Sampler(
+        temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
+    read = compiled_read_token() if compile else read_token
+    written = write_tokens(model, batch, sampler, read=read, **limits)
+    if stream:
+        pieces = _pieces(written, processor, len(batch["input_ids"]))
+        return (row[0] for row in pieces) if alone else pieces
+    answers = _answers(written, processor, probabilities)
+    results = answers if probabilities else [answer.text for answer in answers]
+    return results[0] if alone else results
+
+
+Written = Iterator[tuple[Tensor, Tensor]]
+
+
+def _pieces(written: Written, processor: Processor, rows: int) -> Iterator[list[str]]:
+    stop = processor.id_of(EOS)
+    streams = [TextStream(processor.tokenizer.decode) for _ in range(rows)]
+    for tokens, _ in written:
+        yield [
+            "" if token == stop else stream.add(token)
+            for stream, token in zip(streams, tokens.tolist(), strict=True)
+        ]
+    if any(rest := [stream.end() for stream in streams]):
+        yield rest
+
+
+def _answers(written: Written, processor: Processor, chances: bool) -> list[Answer]:
+    columns, shares = [], []
+    for tokens, logits in written:
+        columns.append(tokens)
+        if chances:
+            share = logits.float().softmax(dim=-1)
+            shares.append(share.gather(-1, tokens[:, None])[:, 0])
+    stop = processor.id_of(EOS)
+    answers = []
+    for number, row in enumerate(torch.stack(columns, dim=1).tolist()):
+        tokens = row[: row.index(stop) + 1] if stop in row else row
+        own = [float(share[number]) for share in shares[: len(tokens)]]
+        answers.append(Answer(processor.decode(tokens), tokens, own))
+    return answers

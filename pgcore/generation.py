@@ -1,0 +1,353 @@
+"""Generation: read the prefix at once, then write token after token.
+
+Prefill fills the cache with pictures and prompts; a decode step reads
+one token a row. What to write next follows from the logits alone: the
+most probable token, a drawn one, or the best of several answers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pgcore.gemma import GemmaConfig
+from pgcore.kv_cache import KVCache
+from pgcore.paligemma import PaliGemma, prefix_lm_mask
+from pgcore.rope import token_positions
+
+
+@dataclass
+class Decoding:
+    """Where a generation stands between two steps.
+
+    Built in chapter 14, Generation.
+    """
+
+    cache: KVCache  # keys and values of all tokens so far
+    is_token: Bool[Tensor, "B 1 1 S"]  # False is padding; slots to come: True
+    positions: Int[Tensor, "B 1"]  # of each row's next token
+
+
+def prefill(
+    model: PaliGemma, batch: Mapping[str, Tensor], num_slots: int
+) -> tuple[Float[Tensor, "B V"], Decoding]:
+    """Read pictures and prompts in one piece; logits of the next token.
+
+    batch: of ``Processor``, without suffixes. num_slots: S, for the
+    prefix and all tokens to come. In two pieces the prefix could not be
+    read: its tokens read each other in both directions.
+    Raises ValueError if the prefix is longer than num_slots.
+    Source: Beyer et al. (2024), section 3.1.
+
+    Built in chapter 14, Generation.
+    """
+    ids, is_token = batch["input_ids"], batch["attention_mask"]
+    B, T = ids.shape
+    if num_slots < T:
+        raise ValueError(
+            f"num_slots: expected at least {T}, the length of the prefix, "
+            f"found {num_slots}"
+        )
+    pixels = batch["pixel_values"]
+    x = model.embed(ids, model.encode_images(pixels) if len(pixels) else None)
+    cache = _new_cache(model.config.text, B, num_slots, like=x)
+    cache.reserve(T)
+    positions = token_positions(is_token)
+    mask = prefix_lm_mask(is_token, torch.zeros_like(is_token))
+    mask = F.pad(mask, (0, num_slots - T))  # nothing is written there yet
+    hidden = model.language(x, positions=positions, mask=mask, cache=cache)
+    is_token = F.pad(is_token, (0, num_slots - T), value=True)
+    state = Decoding(cache, is_token[:, None, None], positions[:, -1:] + 1)
+    return model.language.logits(hidden[:, -1]), state
+
+
+def _new_cache(text: GemmaConfig, B: int, num_slots: int, like: Tensor) -> KVCache:
+    sizes = {"depth": text.depth, "batch_size": B, "num_slots": num_slots}
+    heads = {"num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
+    return KVCache(**sizes, **heads, dtype=like.dtype, device=like.device)
+
+
+def read_token(
+    model: PaliGemma,
+    tokens: Int[Tensor, "B 1"],
+    positions: Int[Tensor, "B 1"],
+    mask: Bool[Tensor, "B 1 1 S"],
+    cache: KVCache,
+) -> Float[Tensor, "B V"]:
+    """One token a row in, logits of the next out.
+
+    The part of a step that can be compiled: shapes stay, no number grows.
+
+    Built in chapter 14, Generation.
+    """
+    x = model.language.embed(tokens)
+    hidden = model.language(x, positions=positions, mask=mask, cache=cache)
+    return model.language.logits(hidden[:, -1])
+
+
+def decode_step(
+    model: PaliGemma,
+    tokens: Int[Tensor, " B"],
+    state: Decoding,
+    read: Callable[..., Tensor] = read_token,
+) -> Float[Tensor, "B V"]:
+    """Read the token just written to each row; logits of the next.
+
+    ``state`` moves on. read: ``read_token``, or what ``compiled`` made.
+    Raises ValueError when no slot is left.
+
+    Built in chapter 14, Generation.
+    """
+    slot = state.cache.reserve(1)
+    slots = torch.arange(state.is_token.shape[-1], device=slot.device)
+    mask = state.is_token & (slots <= slot)
+    logits = read(model, tokens[:, None], state.positions, mask, state.cache)
+    state.positions = state.positions + 1
+    return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Logits in, the next token of each row out.
+
+    First the temperature; then all but the top_k most probable tokens go;
+    of these all but the fewest that hold a share of top_p, one at least.
+    Temperature 0, as it is at first, takes the most probable token.
+    Raises ValueError unless temperature is 0 or more, top_k at least 1,
+    top_p above 0 and at most 1.
+    Source: Holtzman et al. (2020), section 3.1.
+
+    Built in chapter 14, Generation.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    generator: torch.Generator | None = None  # None: torch's own
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "temperature, top_p: expected 0 or more, and above 0 to 1, "
+                f"found {self.temperature} and {self.top_p}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, found {self.top_k}")
+
+    def distribution(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """What the token is drawn from, in float32."""
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+        # The largest becomes 0 first: dividing cannot overflow upwards then.
+        scores = logits.float()
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature
+        scores, places = scores.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            scores[:, self.top_k :] = -torch.inf
+        shares = scores.softmax(dim=-1)
+        before = shares.cumsum(dim=-1) - shares  # held by more probable ones
+        shares = shares.masked_fill(before >= self.top_p, 0)
+        shares = shares / shares.sum(dim=-1, keepdim=True)
+        return torch.zeros_like(shares).scatter(-1, places, shares)
+
+    def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        shares = self.distribution(logits)
+        return torch.multinomial(shares, 1, generator=self.generator)[:, 0]
+
+
+@torch.inference_mode()
+def write_tokens(
+    model: PaliGemma,
+    batch: Mapping[str, Tensor],
+    choose: Callable[[Float[Tensor, "B V"]], Int[Tensor, " B"]],
+    *,
+    max_new_tokens: int,
+    stop: int,
+    read: Callable[..., Tensor] = read_token,
+) -> Iterator[tuple[Int[Tensor, " B"], Float[Tensor, "B V"]]]:
+    """Yield each row's next token and the logits it was chosen from.
+
+    choose: from logits to tokens. A row that wrote ``stop`` goes on
+    writing it, and all end when every row has.
+
+    Built in chapter 14, Generation.
+    """
+    num_slots = batch["input_ids"].shape[1] + max_new_tokens
+    if read is not read_token:  # it is compiled anew for each number of slots
+        num_slots = math.ceil(num_slots / 128) * 128
+    logits, state = prefill(model, batch, num_slots)
+    stopped = torch.zeros_like(logits[:, 0], dtype=torch.bool)
+    for left in reversed(range(max_new_tokens)):
+        tokens = choose(logits).masked_fill(stopped, stop)
+        yield tokens, logits
+        stopped = stopped | (tokens == stop)
+        if stopped.all() or not left:
+            return
+        logits = decode_step(model, tokens, state, read)
+
+
+@cache
+def compiled_read_token() -> Callable[..., Tensor]:
+    """``read_token`` through torch.compile, in one graph.
+
+    The first call takes half a minute and more; another batch size or
+    number of slots, or another model, takes it again.
+
+    Built in chapter 14, Generation.
+    """
+    return torch.compile(read_token, fullgraph=True, backend=_matrix_vector)
+
+
+def _matrix_vector(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]):
+    """Inductor, with maps of one vector on a CPU written as sums.
+
+    oneDNN reads the weights of such a map at half the memory's speed.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
+        x, weight, *bias = (n.meta["example_value"] for n in node.all_input_nodes)
+        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not bias:
+            node.target = _map_of_one
+    graph.recompile()
+    return compile_fx(graph, inputs)
+
+
+def _map_of_one(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    products = weight.to(wide) * x.reshape(-1).to(wide)  # out D, never stored
+    return products.sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class _Beams:
+    """The answers of one row that are being written, and those that ended."""
+
+    def __init__(self, width: int, stop: int, length_penalty: float):
+        self.width, self.stop, self.penalty = width, stop, length_penalty
+        self.going: list[tuple[float, list[int]]] = [(0.0, [])]  # at first one
+        self.ended: list[tuple[float, list[int]]] = []
+        self.parents: list[int] = []  # of each beam that goes on, its beam before
+
+    def advance(self, log_probs: Float[Tensor, "beams V"]) -> None:
+        """Write one token more to the best: twice the width, as some may end."""
+        sums = log_probs.new_tensor([total for total, _ in self.going])
+        totals = log_probs[: len(sums)] + sums[:, None]
+        best = totals.flatten().topk(min(2 * self.width, totals.numel()))
+        before, self.going, self.parents = self.going, [], []
+        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for rank, (total, place) in enumerate(pairs):
+            parent, token = divmod(place, log_probs.shape[-1])
+            ids = [*before[parent][1], token]
+            if token != self.stop and len(self.going) < self.width:
+                self.going.append((total, ids))
+                self.parents.append(parent)
+            elif token == self.stop and rank < self.width:
+                self.ended.append((self.score(total, ids), ids))
+        self.ended = sorted(self.ended, reverse=True)[: self.width]
+
+    def score(self, total: float, ids: list[int]) -> float:
+        return total / len(ids) ** self.penalty
+
+    def is_done(self) -> bool:
+        """True if what goes on cannot beat what ended, at this length."""
+        if len(self.ended) < self.width or not self.going:
+            return len(self.ended) >= self.width
+        return self.score(*self.going[0]) <= self.ended[-1][0]
+
+    def best(self) -> tuple[float, list[int]]:
+        return max(self.ended + [(self.score(*beam), beam[1]) for beam in self.going])
+
+
+@torch.inference_mode()
+def beam_search(
+    model: PaliGemma,
+    batch: Mapping[str, Tensor],
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    stop: int,
+    length_penalty: float = 1.0,
+) -> list[tuple[float, list[int]]]:
+    """Each row's best answer, of num_beams at a time, behind its score.
+
+    Score: the sum of the tokens' log-probabilities, ``stop`` included, by
+    length ** length_penalty. Pictures and prompts are read once.
+    Raises ValueError for num_beams below 1.
+    Source: Beyer et al. (2024), appendix J; the rules of Hugging Face.
+
+    Built in chapter 14, Generation.
+    """
+    if type(num_beams) is not int or num_beams < 1:
+        raise ValueError(f"num_beams: expected at least 1, found {num_beams}")
+    B, T = batch["input_ids"].shape
+    logits, state = prefill(model, batch, T + max_new_tokens)
+    rows = [_Beams(num_beams, stop, length_penalty) for _ in range(B)]
+    state = _repeated(state, model.config.text, num_beams)
+    logits = logits.repeat_interleave(num_beams, dim=0)
+    for left in reversed(range(max_new_tokens)):
+        log_probs = logits.float().log_softmax(dim=-1).unflatten(0, (B, num_beams))
+        order, tokens = [], []
+        for number, row in enumerate(rows):
+            if not row.is_done():
+                row.advance(log_probs[number])
+            idle = num_beams - len(row.going)  # what they read, nobody uses
+            parents = [*row.parents, *[0] * idle]
+            order += [number * num_beams + parent for parent in parents]
+            tokens += [ids[-1] for _, ids in row.going] + [stop] * idle
+        if not left or all(row.is_done() for row in rows):
+            break
+        _reorder(state.cache, torch.tensor(order, device=logits.device))
+        logits = decode_step(model, torch.tensor(tokens, device=logits.device), state)
+    return [row.best() for row in rows]
+
+
+def _repeated(state: Decoding, text: GemmaConfig, times: int) -> Decoding:
+    """The same state for several rows in the place of each."""
+    old, B = state.cache, len(state.positions)
+    num_slots = state.is_token.shape[-1]
+    new = _new_cache(text, B * times, num_slots, like=old.keys)
+    new.reserve(old.num_tokens)
+    new.keys.copy_(old.keys.repeat_interleave(times, dim=1))
+    new.values.copy_(old.values.repeat_interleave(times, dim=1))
+    rows = state.is_token, state.positions
+    return Decoding(new, *(x.repeat_interleave(times, dim=0) for x in rows))
+
+
+def _reorder(cache: KVCache, order: Int[Tensor, " B"]) -> None:
+    """Row i gets what row order[i] has read; in place, layers hold views."""
+    cache.keys.copy_(cache.keys.index_select(1, order))
+    cache.values.copy_(cache.values.index_select(1, order))
+
+
+class TextStream:
+    """Ids of one row in, pieces of text out.
+
+    A letter of several bytes may be several tokens: it comes out when it
+    is whole, or with ``end``.
+
+    Built in chapter 14, Generation.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.ids, self.text = decode, [], ""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, often one word."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self._out(text)
+
+    def end(self) -> str:
+        """What was held back."""
+        return self._out(self.decode(self.ids))
+
+    def _out(self, text: str) -> str:
+        piece, self.text = text[len(self.text) :], text
+        return piece

@@ -1,0 +1,294 @@
+"""Real weights: from files in several layouts to one model, and back.
+
+What a tensor is called in Hugging Face's files is a matter of one table.
+Loading is strict: what is missing, unknown or of another shape is an
+error. Nothing is ever unpickled.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgcore.files import folder_written_whole, read_json, require_file
+from pgcore.hub_config import config_from_json, config_to_json
+from pgcore.paligemma import PaliGemma, PaliGemmaConfig
+from pgcore.processing import BOS, EOS, PAD, Processor
+
+# How a name begins here, and in the files on the hub.
+_TOWER = "vision_tower.vision_model."
+_PARTS = {
+    "vision.patch_embedding.conv.": _TOWER + "embeddings.patch_embedding.",
+    "vision.positions": _TOWER + "embeddings.position_embedding.weight",
+    "vision.layers.": _TOWER + "encoder.layers.",
+    "vision.post_layernorm.": _TOWER + "post_layernorm.",
+    "projector.": "multi_modal_projector.",
+    "language.": "language_model.model.",
+}
+# What Gemma's norms are called there, in PaliGemma 1 and in PaliGemma 2.
+_NORMS = {
+    "pre_attention_norm": ("input_layernorm", "input_layernorm"),
+    "post_attention_norm": ("", "post_attention_layernorm"),
+    "pre_mlp_norm": ("post_attention_layernorm", "pre_feedforward_layernorm"),
+    "post_mlp_norm": ("", "post_feedforward_layernorm"),
+}
+
+
+def hugging_face_name(name: str, post_norms: bool) -> str:
+    """What the files on the hub call a parameter of ``PaliGemma``.
+
+    post_norms: of the configuration, True for PaliGemma 2. There
+    post_attention_layernorm is the norm after the attention; in
+    PaliGemma 1 it is the norm before the MLP.
+
+    Built in chapter 13, Real weights.
+    """
+    ours = next(part for part in _PARTS if name.startswith(part))
+    name = _PARTS[ours] + name.removeprefix(ours)
+    if name.startswith(_TOWER):
+        return name.replace(".o_proj.", ".out_proj.")
+    for ours, theirs in _NORMS.items():
+        name = name.replace(f".{ours}.", f".{theirs[post_norms]}.")
+    return name
+
+
+def hub_name(name: str) -> str:
+    """A name in any of Hugging Face's layouts, as the hub's files have it.
+
+    transformers 4.52 put ``model.`` before all names and took it out of
+    the language model's; 5.6 took ``vision_model.`` out. The head, a copy
+    of the table of words, has had two names.
+
+    Built in chapter 13, Real weights.
+    """
+    name = name.removeprefix("model.")
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.(?!model\.)", "language_model.model.", name)
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", _TOWER, name)
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, device: str, dtype: torch.dtype) -> Tensor:
+        """Mapped from the file if nothing is to be changed, else copied.
+
+        The file is opened for each tensor, so that what was mapped and
+        copied goes at once, not when the last tensor is read.
+        """
+        with safe_open(self.path, "pt", device=device) as file:
+            return file.get_tensor(self.name).to(dtype)
+
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file, or those that the index names; each must exist."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names.values()
+    ):
+        raise ValueError(f"{index}: weight_map: expected file names in this folder")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """What the weight files hold, by the hub's names; nothing is read yet.
+
+    Raises FileNotFoundError for a missing file; ValueError for one that
+    is broken, for a name that comes twice, for numbers that are no floats.
+
+    Built in chapter 13, Real weights.
+    """
+    stored: dict[str, _Stored] = {}
+    for path in _weight_files(folder):
+        require_file(path)
+        try:
+            with safe_open(path, "pt") as file:
+                views = {name: file.get_slice(name) for name in file.offset_keys()}
+                facts = {n: (v.get_shape(), v.get_dtype()) for n, v in views.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: expected safetensors, found {error}") from None
+        for name, (shape, kind) in facts.items():
+            if kind not in _DTYPES or hub_name(name) in stored:
+                raise ValueError(
+                    f"{path}: {name}: expected once, in {', '.join(_DTYPES)}, "
+                    f"found {kind}"
+                )
+            found = _Stored(path, name, tuple(shape), _DTYPES[kind])
+            stored[hub_name(name)] = found
+    return stored
+
+
+def require_same(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Raise ValueError with a +/- list unless names and shapes agree.
+
+    Built in chapter 13, Real weights.
+    """
+    wrong = [f"- {name} {expected[name]}" for name in expected if name not in found]
+    wrong += [f"+ {name} {found[name]}" for name in found if name not in expected]
+    for name in expected:
+        if name in found and found[name] != expected[name]:
+            wrong.append(f"{name}: - {expected[name]} + {found[name]}")
+    if wrong:
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(
+            f"{where}: weights that do not fit (- expected, + found): "
+            + "; ".join(wrong[:6])
+            + more
+        )
+
+
+def empty_model(config: PaliGemmaConfig) -> PaliGemma:
+    """A model without memory, on the device "meta": names and shapes.
+
+    Built in chapter 13, Real weights.
+    """
+    with torch.device("meta"):
+        return PaliGemma(config)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PaliGemma:
+    """Load a checkpoint in Hugging Face's format, in evaluation mode.
+
+    dtype None: that of the files, float32 if they have several. On a CPU
+    in that dtype nothing is copied: the weights are pages of the files.
+    Raises FileNotFoundError and ValueError, naming the file, for what is
+    missing, broken or does not fit.
+
+    Built in chapter 13, Real weights.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    data = read_json(path)
+    try:
+        config = config_from_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    stored = stored_tensors(folder)
+    head = stored.pop("lm_head.weight", None)
+    model = empty_model(config)
+    names = {
+        hugging_face_name(n, config.text.post_norms): n for n in model.state_dict()
+    }
+    shapes = {
+        there: tuple(model.get_parameter(ours).shape) for there, ours in names.items()
+    }
+    require_same(shapes, {n: s.shape for n, s in stored.items()}, str(folder))
+    kinds = {s.dtype for s in stored.values()}
+    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    if head is not None:
+        _require_tied(head, stored["language_model.model.embed_tokens.weight"])
+    weights = {ours: stored[n].read(device, dtype) for n, ours in names.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _require_tied(head: _Stored, table: _Stored) -> None:
+    """A head in the file must be the table of words once more."""
+    one, other = (s.read("cpu", s.dtype) for s in (head, table))
+    if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+        raise ValueError(
+            f"{head.path}: {head.name}: expected the numbers of {table.name} "
+            "(PaliGemma's head is tied), found others"
+        )
+
+
+def save_pretrained(
+    model: PaliGemma,
+    processor: Processor,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint that ``load_model`` and transformers read.
+
+    The folder is new, or holds an earlier checkpoint, and is replaced as
+    a whole when all is written. Names are the hub's.
+    Raises ValueError if it holds anything else.
+
+    Built in chapter 13, Real weights.
+    """
+    folder = Path(folder)
+    ours = re.compile(
+        r"(config|generation_config|tokenizer|tokenizer_config|preprocessor_config"
+        r"|model\.safetensors\.index)\.json|model(-\d+-of-\d+)?\.safetensors"
+    )
+    others = [p.name for p in folder.glob("*") if not ours.fullmatch(p.name)]
+    if others or folder.is_file():
+        raise ValueError(
+            f"{folder}: expected a new folder or one of a checkpoint alone, found "
+            f"{others[0] if others else 'a file'}"
+        )
+    post_norms = model.config.text.post_norms
+    weights = {
+        hugging_face_name(name, post_norms): weight.detach().contiguous()
+        for name, weight in model.state_dict().items()
+    }
+    dtype = str(model.projector.linear.weight.dtype).removeprefix("torch.")
+    ids = {f"{n}_token_id": processor.id_of(t) for n, t in _ID_NAMES.items()}
+    config = config_to_json(model.config, dtype) | ids
+    with folder_written_whole(folder) as partial:
+        _save_shards(weights, partial, max_shard_bytes)
+        processor.save(partial)
+        for name, content in ("config", config), ("generation_config", ids):
+            text = json.dumps(content, indent=2) + "\n"
+            (partial / f"{name}.json").write_text(text)
+
+
+_ID_NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
+
+
+def _save_shards(
+    weights: Mapping[str, Tensor], folder: Path, max_shard_bytes: int
+) -> None:
+    """One file, or several and the index that says which holds what."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, weight in weights.items():
+        if weight.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = weight
+        room -= weight.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(weight.nbytes for weight in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n")
