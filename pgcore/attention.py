@@ -105,6 +105,11 @@ def attend(
     Built in chapter 05, Attention.
     """
     require_heads(q, k, v, mask)
+    (B, N, T, H), K = q.shape, k.shape[1]
+    if T == 1 and (mask is None or mask.shape[1] == 1):
+        group = q.reshape(B, K, N // K, H)  # one below the other
+        heads = F.scaled_dot_product_attention(group, k, v, mask, scale=scale)
+        return heads.reshape(B, N, 1, H)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
@@ -222,19 +227,21 @@ class Attention(nn.Module):
         source: Float[Tensor, "B S D"] | None = None,
         mask: Bool[Tensor, " B #N #T slots"] | None = None,
         rotate: Callable[[Tensor], Tensor] | None = None,
+        rotate_source: Callable[[Tensor], Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let the tokens of ``x`` read from ``source`` (None: from ``x``).
 
         mask: True = may attend; a slot for each key, a cache's included.
         rotate: turns queries and keys, with the same positions for both.
+        rotate_source: turns the keys instead, if they stand elsewhere.
         """
         source = x if source is None else source
         q = split_heads(self.q_proj(x), self.head_dim)  # B N T H
         k = split_heads(self.k_proj(source), self.head_dim)  # B K S H
         v = split_heads(self.v_proj(source), self.head_dim)  # B K S H
         if rotate is not None:
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q), (rotate_source or rotate)(k)
         if cache is not None:
             k, v = cache.update(k, v)
         heads = self.attend(q, k, v, mask, self.scale)  # B N T H

@@ -8,7 +8,7 @@ two norms a block and windows (Gemma Team, 2024b).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -55,8 +55,7 @@ class GemmaConfig:
     def __post_init__(self):
         for field in fields(self)[:-1]:  # all but post_norms
             value = getattr(self, field.name)
-            fits = field.default is None if value is None else value > 0
-            if not fits:
+            if not (field.default is None if value is None else value > 0):
                 raise ValueError(f"{field.name}: expected above 0, found {value}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -64,9 +63,7 @@ class GemmaConfig:
                 f"{self.num_heads}, found {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number, found {self.head_dim}"
-            )
+            raise ValueError(f"head_dim: expected even, found {self.head_dim}")
 
 
 # fmt: off
@@ -80,15 +77,12 @@ GEMMA2_2B = GemmaConfig(
     width=2304, depth=26, mlp_dim=9216, post_norms=True,
     num_heads=8, num_kv_heads=4, head_dim=256, vocab_size=256_000,
     attention_softcap=50.0, final_softcap=30.0, window=4096)
-GEMMA2_9B = GemmaConfig(
-    width=3584, depth=42, mlp_dim=14_336, post_norms=True,
-    num_heads=16, num_kv_heads=8, head_dim=256, vocab_size=256_000,
-    attention_softcap=50.0, final_softcap=30.0, window=4096)
-GEMMA2_27B = GemmaConfig(
-    width=4608, depth=46, mlp_dim=36_864, post_norms=True,
-    query_scale=144**-0.5,
-    num_heads=32, num_kv_heads=16, head_dim=128, vocab_size=256_000,
-    attention_softcap=50.0, final_softcap=30.0, window=4096)
+GEMMA2_9B = replace(
+    GEMMA2_2B, width=3584, depth=42, mlp_dim=14_336,
+    num_heads=16, num_kv_heads=8)
+GEMMA2_27B = replace(
+    GEMMA2_2B, width=4608, depth=46, mlp_dim=36_864, query_scale=144**-0.5,
+    num_heads=32, num_kv_heads=16, head_dim=128)
 # fmt: on
 
 
@@ -201,16 +195,20 @@ class GemmaBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        x: Float[Tensor, "B tokens D"],
         *,
         mask: Bool[Tensor, "B 1 T S"],
-        rotate: Callable[[Tensor], Tensor],
         cache: LayerCache | None = None,
+        **rotate: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "B T D"]:
-        """Add to the residual stream twice; arguments as ``Attention``."""
+        """Add to the residual stream twice; arguments as ``Attention``.
+
+        A mask with fewer rows than tokens asks for the last T alone.
+        """
+        T = mask.shape[2]
         h = self.pre_attention_norm(x)
-        h = self.self_attn(h, mask=mask, rotate=rotate, cache=cache)
-        x = x + self.post_attention_norm(h)
+        h = self.self_attn(h[:, -T:], source=h, mask=mask, cache=cache, **rotate)
+        x = x[:, -T:] + self.post_attention_norm(h)
         return x + self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
 
 
@@ -243,8 +241,8 @@ class Gemma(nn.Module):
         rows, outside = self.config.vocab_size, ids.new_empty(0)
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = ids[(ids < 0) | (ids >= rows)]
-        kinds = torch.int32, torch.int64
-        if ids.ndim != 2 or ids.dtype not in kinds or len(outside):
+        is_int = ids.dtype in (torch.int32, torch.int64)
+        if ids.ndim != 2 or not is_int or len(outside):
             raise ValueError(
                 f"ids: expected int32 or int64 [B, T], 0 to {rows - 1} "
                 f"(the vocabulary has {rows} words), found {ids.dtype} "
@@ -260,20 +258,28 @@ class Gemma(nn.Module):
         positions: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B 1 T S"],
         cache: KVCache | None = None,
-    ) -> Float[Tensor, "B T D"]:
+        last_only: bool = False,
+    ) -> Float[Tensor, "B out D"]:
         """Let the tokens read each other; hand them out normalised.
 
         positions: for the rotation, padding not counted (chapter 08).
         mask: True = may attend; S is T, or the slots of the cache.
         cache: ``reserve(T)`` comes first (chapter 09). None: training.
+        last_only: hand out the last token alone, for less work.
         Raises ValueError for arguments that do not fit each other.
         """
         c = self.config
         masks = self._masks(mask, self._slots(x, positions, mask, cache))
-        rotate = rotation(positions, c.head_dim, base=c.rope_base, dtype=x.dtype)
+        make = partial(rotation, base=c.rope_base, dtype=x.dtype)
+        rotate = {"rotate": make(positions, c.head_dim)}
         for index, layer in enumerate(self.layers):
             memory = None if cache is None else cache.layers[index]
-            x = layer(x, mask=masks[index % 2], rotate=rotate, cache=memory)
+            seen = masks[index % 2]
+            if last_only and index == c.depth - 1:
+                seen, last = seen[:, :, -1:], positions[:, -1:]
+                rotate["rotate_source"] = rotate["rotate"]
+                rotate["rotate"] = make(last, c.head_dim)
+            x = layer(x, mask=seen, cache=memory, **rotate)
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:

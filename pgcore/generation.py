@@ -60,7 +60,9 @@ def prefill(
     positions = token_positions(is_token)
     mask = prefix_lm_mask(is_token, torch.zeros_like(is_token))
     mask = F.pad(mask, (0, num_slots - T))  # nothing is written there yet
-    hidden = model.language(x, positions=positions, mask=mask, cache=cache)
+    hidden = model.language(
+        x, positions=positions, mask=mask, cache=cache, last_only=True
+    )
     is_token = F.pad(is_token, (0, num_slots - T), value=True)
     state = Decoding(cache, is_token[:, None, None], positions[:, -1:] + 1)
     return model.language.logits(hidden[:, -1]), state
