@@ -398,6 +398,37 @@ def test_scale_and_attend_are_used():
     assert seen == [((2, 4, 6, 5), (2, 2, 6, 5), (2, 2, 6, 5), None, 0.5)]
 
 
+@pytest.mark.parametrize("heads", [1, 6])
+def test_one_query_a_row_equals_that_query_among_others(heads):
+    """Its heads are stacked; with a mask for each head they are not."""
+    sizes = 3, 6, 3, 4, 7, 8
+    q, k, v = draw_heads(sizes)
+    mask = draw_mask(sizes, heads=heads)
+    together = attend(q, k, v, mask, 0.3)
+    for query in range(4):
+        alone = attend(
+            q[:, :, [query]], k, v, mask[:, :, [query]].expand(3, heads, 1, 7), 0.3
+        )
+        assert_close(alone, together[:, :, [query]], 1e-12)
+
+
+def test_keys_may_stand_elsewhere_than_queries():
+    """Reading from a part of the tokens equals that part of the whole."""
+    layer = fan_in(
+        Attention(20, num_heads=4, num_kv_heads=2, head_dim=6).double(), seed=3
+    )
+    x = torch.randn(2, 5, 20, dtype=torch.float64)
+    turns = torch.randn(1, 1, 5, 6, dtype=torch.float64)
+    whole = layer(x, rotate=lambda heads: heads * turns)
+    part = layer(
+        x[:, -2:],
+        source=x,
+        rotate=lambda heads: heads * turns[:, :, -2:],
+        rotate_source=lambda heads: heads * turns,
+    )
+    assert_close(part, whole[:, -2:], 1e-12)
+
+
 def test_names_and_shapes_of_the_weights():
     layer = Attention(12, num_heads=4, num_kv_heads=2, head_dim=5)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}

@@ -218,6 +218,54 @@ def test_equals_hugging_face(config):
     assert_hugging_face_parity(gemma_of(config), config)
 
 
+@BOTH
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_the_last_token_alone_is_the_last_of_all(config, cached):
+    """Also through a cache, which then holds all tokens: the next step agrees."""
+    gemma = gemma_of(config)
+    mask, positions = plan_of(IS_TOKEN)
+    memory, cut = None, 14
+    if cached:
+        memory, cut = new_cache(config, *IDS.shape), 13
+        memory.reserve(cut)
+        mask = mask[:, :, :cut]
+    else:
+        mask = mask[:, :, :cut, :cut]
+    last = gemma(
+        gemma.embed(IDS[:, :cut]),
+        positions=positions[:, :cut],
+        mask=mask,
+        cache=memory,
+        last_only=True,
+    )
+    expected = run(gemma, IDS, IS_TOKEN)
+    assert_close(gemma.logits(last), expected[:, [cut - 1]])
+    if cached:
+        slots = memory.reserve(1)
+        whole, _ = plan_of(IS_TOKEN)
+        hidden = gemma(
+            gemma.embed(IDS[:, cut:]),
+            positions=positions[:, slots],
+            mask=whole[:, :, slots],
+            cache=memory,
+        )
+        assert_close(gemma.logits(hidden), expected[:, cut:])
+
+
+def test_the_last_token_alone_spares_most_of_a_layer():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gemma, counts = gemma_of(GEMMA1), []
+    mask, positions = plan_of(IS_TOKEN)
+    for last_only in (False, True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            gemma(gemma.embed(IDS), positions=positions, mask=mask, last_only=last_only)
+        counts.append(counter.get_total_flops())
+    one_layer = counts[0] / GEMMA1.depth
+    assert 0.6 * one_layer < counts[0] - counts[1] < one_layer
+
+
 @EVERY_TWIN
 def test_wrong_twins_fail_the_parity_test(twin):
     wrong = museum.with_bug(gemma_of(GEMMA2), twin)

@@ -4,11 +4,16 @@ import argparse
 import ast
 from pathlib import Path
 
+SUMMARY = "list what the chapters have built so far"
 PACKAGE = Path(__file__).resolve().parents[1]
 GENERATED = "# Generated from chapters/"
 
 
-def run(options: argparse.Namespace) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(options: argparse.Namespace) -> int:
     """Print a line for each generated module: its chapter, name and first sentence."""
     rows = []
     for path in PACKAGE.glob("*.py"):
@@ -19,3 +24,4 @@ def run(options: argparse.Namespace) -> None:
             rows.append((number, f"pgcore.{path.stem}", summary))
     for number, module, summary in sorted(rows):
         print(f"{number}  {module:<22} {summary}")
+    return 0

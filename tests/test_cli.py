@@ -1,0 +1,214 @@
+"""The command line, as a user meets it: answers, JSON lines, errors, exit codes."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pgcore import Processor, generate, load
+from pgcore.cli import main
+from pgcore.gemma import GemmaConfig
+from pgcore.paligemma import PaliGemma, PaliGemmaConfig
+from pgcore.processing import train_tokenizer
+from pgcore.vision import VisionConfig
+from pgcore.weights import save_pretrained
+from tests.draws import fan_in
+
+PROMPT = "caption en"
+VISION = VisionConfig(
+    width=24,
+    depth=2,
+    mlp_dim=40,
+    num_heads=2,
+    head_dim=12,
+    patch_size=14,
+    image_size=28,
+)
+TEXT = GemmaConfig(
+    width=32,
+    depth=2,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    vocab_size=1600,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    tokenizer = train_tokenizer(["caption en a cat and two red apples"] * 9, 300)
+    image_token = tokenizer.token_to_id("<image>")
+    config = PaliGemmaConfig(vision=VISION, text=TEXT, image_token=image_token)
+    model = fan_in(PaliGemma(config), seed=1)
+    save_pretrained(model, Processor(tokenizer, 28, 4), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / f"{name}.png" for name in ("one", "two", "three")]
+    for number, path in enumerate(paths):
+        Image.effect_noise((40 + number, 30), 80).convert("RGB").save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def ask(checkpoint, capsys):
+    """Run the command; give its code, standard output and standard error."""
+
+    def run(*arguments):
+        code = main(
+            ["ask", *arguments, "--model", str(checkpoint), "--max-new-tokens", "8"]
+        )
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def expected(checkpoint, paths, **options):
+    model, processor = load(checkpoint)
+    images = [Image.open(path) for path in paths]
+    prompts = [PROMPT] * len(paths)
+    return generate(model, processor, images, prompts, max_new_tokens=8, **options)
+
+
+def test_one_picture_gives_the_answer_and_nothing_else(ask, checkpoint, pictures):
+    code, out, err = ask(pictures[0], PROMPT)
+    assert code == 0
+    assert out == expected(checkpoint, pictures[:1])[0] + "\n"
+    assert err == f"pgcore: loading {checkpoint} ...\n"
+
+
+def test_several_pictures_give_a_line_each_in_their_order(ask, checkpoint, pictures):
+    code, out, err = ask(*pictures, PROMPT, "--batch", "2")
+    answers = expected(checkpoint, pictures)
+    lines = [f"{p}: {a}\n" for p, a in zip(pictures, answers, strict=True)]
+    assert code == 0 and out == "".join(lines)
+    assert "picture 2 of 3" in err and "picture 3 of 3" in err
+
+
+def test_json_lines_can_be_read_again(ask, checkpoint, pictures):
+    code, out, _ = ask(*pictures, PROMPT, "--json", "--probabilities")
+    found = [json.loads(line) for line in out.splitlines()]
+    answers = expected(checkpoint, pictures, probabilities=True)
+    assert code == 0 and [row["picture"] for row in found] == pictures
+    for row, answer in zip(found, answers, strict=True):
+        assert row["answer"] == answer.text and row["tokens"] == answer.tokens
+        assert row["prompt"] == PROMPT
+        assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+
+
+def test_probabilities_are_said_in_words(ask, pictures):
+    _, out, _ = ask(pictures[0], PROMPT, "--probabilities")
+    assert "on average" in out and "at least" in out
+
+
+def test_beams_and_seeds_reach_the_model(ask, checkpoint, pictures):
+    assert (
+        ask(pictures[0], PROMPT, "--beams", "3")[1].rstrip("\n")
+        == (expected(checkpoint, pictures[:1], num_beams=3)[0])
+    )
+    drawn = [ask(pictures[0], PROMPT, "--temperature", "1", "--seed", "5")[1:2]] * 2
+    assert drawn[0] == drawn[1]
+
+
+def test_a_broken_picture_is_named_and_the_others_are_answered(ask, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    code, out, err = ask(pictures[0], str(broken), pictures[1], PROMPT)
+    assert code == 2
+    assert [line.split(": ")[0] for line in out.splitlines()] == pictures[:2]
+    assert f"pgcore: {broken}: expected a whole picture" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png", PROMPT], "nowhere.png: no such file"),
+        (["{0}", PROMPT, "--batch", "0"], "--batch: expected 1 or more, found 0"),
+        (["{0}", PROMPT, "--top-p", "2"], "top_p: expected"),
+        (["{0}", PROMPT, "--beams", "0"], "num_beams: expected"),
+        (["{0}", PROMPT, "--beams", "2", "--probabilities"], "not with --beams"),
+        (["{0}", PROMPT, "--device", "abacus"], "device: 'abacus' cannot be used"),
+        (["{0}", PROMPT, "--dtype", "int8"], "dtype: expected auto, float32"),
+        (["{0}", "<image> caption"], "<image> is the processor's to place"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(ask, pictures, arguments, message):
+    code, out, err = ask(*[text.format(*pictures) for text in arguments])
+    assert code == 2 and out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("pgcore: ") and message in last
+
+
+def test_the_default_model_says_that_it_is_not_trained_yet(pictures, capsys):
+    assert main(["ask", pictures[0], PROMPT]) == 2
+    assert '"tiny" is not trained yet' in capsys.readouterr().err
+
+
+def test_info_counts_without_loading(checkpoint, capsys):
+    assert main(["info", str(checkpoint)]) == 0
+    out = capsys.readouterr().out
+    model, _ = load(checkpoint)
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{total:,}" in out and "28 x 28, 4 tokens" in out
+    assert "float32" in out and "PaliGemma in" in out
+
+
+def test_info_refuses_a_checkpoint_that_does_not_fit(checkpoint, tmp_path, capsys):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert main(["info", str(tmp_path)]) == 2
+    assert "layers.2" in capsys.readouterr().err
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pgcore", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_ctrl_c_is_code_130_without_a_traceback(checkpoint, pictures):
+    process = command(
+        "ask", pictures[0], PROMPT, "--model", str(checkpoint),
+        "--max-new-tokens", "100000",
+    )  # fmt: skip
+    assert process.stderr.readline().startswith("pgcore: loading")
+    process.stdout.read(1)  # it writes
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in err and "Traceback" not in err
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint, pictures):
+    process = command(
+        "ask", pictures[0], PROMPT, "--model", str(checkpoint),
+        "--max-new-tokens", "100000",
+    )  # fmt: skip
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=60)
+
+
+def test_the_help_of_a_command_needs_no_torch():
+    code = "import sys; from pgcore.cli import main\ntry: main(['ask', '--help'])\n"
+    code += "except SystemExit: print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert result.stdout.splitlines()[-1] == "False"

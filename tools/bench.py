@@ -1,0 +1,472 @@
+"""Measure pgcore beside transformers, on one random checkpoint, and write the page.
+
+    python tools/bench.py              measures and writes book/performance.json and .md
+    python tools/bench.py --page       writes the page from the JSON that is there
+
+Both read the same files in the same process, in turns of random order; of each figure
+the median is kept. Load time and memory need a fresh process each. Ratios are to be looked
+at: on a shared machine times change by half from minute to minute.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT, PAGE = ROOT / "book" / "performance.json", ROOT / "book" / "performance.md"
+DTYPES = ("bfloat16", "float32")
+BATCHES = (1, 4)
+PROMPT = "caption en with eight tokens"
+ROUNDS, STEPS, SPARE = 15, 12, 128  # SPARE: slots beyond the prefix
+LOADS = 5
+VISION = {
+    "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 2048,
+    "num_attention_heads": 8, "image_size": 224, "patch_size": 14,
+    "projection_dim": 1024, "vision_use_head": False,
+    "model_type": "siglip_vision_model",
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128,
+    "vocab_size": 32_768, "model_type": "gemma",
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure pgcore and transformers.")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(load_once(*options.child)))
+        return 0
+    if not options.page:
+        with tempfile.TemporaryDirectory() as folder:
+            report = measure(Path(folder))
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    write_page(json.loads(RESULT.read_text()))
+    return 0
+
+
+def say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def measure(folder: Path) -> dict:
+    """All figures, and what they were measured on."""
+    import torch
+
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    torch.set_num_threads(os.cpu_count() or 1)
+    say("measuring the machine ...")
+    limits = machine_limits()
+    rows = []
+    for dtype in DTYPES:
+        checkpoint = folder / dtype
+        say(f"writing a random checkpoint in {dtype} ...")
+        write_checkpoint(checkpoint, dtype)
+        rows.append({"dtype": dtype, **loads(checkpoint, dtype)})
+        models = load_both(checkpoint, dtype)
+        for batch_size in BATCHES:
+            say(f"{dtype}, batch of {batch_size} ...")
+            rows.append(
+                {"dtype": dtype, "batch": batch_size, **speeds(*models, batch_size)}
+            )
+    prefix = len(models[2]["pgcore"].tokenizer.encode(PROMPT).ids) + 256 + 2
+    return {
+        "machine": machine(),
+        "limits": limits,
+        "prefix": prefix,
+        "rows": rows,
+    }
+
+
+def machine() -> dict[str, str | int]:
+    import torch
+    import transformers
+
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ] if Path("/proc/cpuinfo").exists() else [platform.processor()]  # fmt: skip
+    return {
+        "processor": names[0],
+        "cores": os.cpu_count() or 1,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def median_seconds(run: Callable[[], object], times: int = 15) -> float:
+    run()
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def machine_limits() -> dict[str, float]:
+    """Bytes a second of reading, floating-point operations a second of a product."""
+    import torch
+
+    block = torch.ones(2**26)  # 256 MiB, beyond any cache
+    limits = {"bytes": block.nbytes / median_seconds(block.sum)}
+    for dtype in DTYPES:
+        x = torch.randn(1024, 4096).to(getattr(torch, dtype))
+        w = torch.randn(4096, 4096).to(x.dtype)
+        seconds = median_seconds(lambda x=x, w=w: x @ w)
+        limits[dtype] = 2 * 1024 * 4096 * 4096 / seconds
+    return limits
+
+
+def write_checkpoint(folder: Path, dtype: str) -> None:
+    """The medium model, random, and a processor; both written by transformers."""
+    import torch
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        PreTrainedTokenizerFast,
+        SiglipImageProcessorPil,
+    )
+
+    from pgcore.processing import train_tokenizer
+
+    half = [0.5] * 3
+    pictures = SiglipImageProcessorPil(
+        size={"height": 224, "width": 224}, image_mean=half, image_std=half
+    )
+    pictures.image_seq_length = 256
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer([PROMPT] * 9, 300),
+        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        padding_side="left", additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    processor = PaliGemmaProcessor(pictures, words)
+    config = PaliGemmaConfig(
+        vision_config=VISION,
+        text_config=TEXT,
+        projection_dim=TEXT["hidden_size"],
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def load_theirs(folder: Path, dtype: str):
+    """Their model, and their processor as a function of ours' form."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, dtype)
+    )
+    processor = PaliGemmaProcessor.from_pretrained(folder)
+
+    def process(pictures, prompts):
+        texts = ["<image>" + prompt for prompt in prompts]
+        return processor(pictures, texts, return_tensors="pt", padding=True)
+
+    return model.eval(), process
+
+
+def load_both(folder: Path, dtype: str):
+    from pgcore import load
+
+    model, processor = load(folder, dtype=dtype, device="cpu")
+    theirs, their_processor = load_theirs(folder, dtype)
+    return model, theirs, {"pgcore": processor, "transformers": their_processor}
+
+
+class Theirs:
+    """transformers, driven as leanly as its own generate would, and leaner."""
+
+    def __init__(self, model, batch):
+        self.model, self.batch = model, batch
+
+    def prefill(self):
+        import torch
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        self.mask = self.batch["attention_mask"].long()
+        found = self.model(
+            pixel_values=self.batch["pixel_values"].to(self.model.dtype),
+            input_ids=self.batch["input_ids"],
+            attention_mask=self.mask,
+            token_type_ids=torch.zeros_like(self.batch["input_ids"]),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.tokens = found.logits[:, -1].argmax(dim=-1)
+
+    def step(self):
+        import torch
+
+        ones = self.mask.new_ones(len(self.mask), 1)
+        self.mask = torch.cat([self.mask, ones], dim=1)
+        found = self.model(
+            input_ids=self.tokens[:, None],
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(dim=1, keepdim=True),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.tokens = found.logits[:, -1].argmax(dim=-1)
+
+
+class Ours:
+    """pgcore, eager or with a compiled step."""
+
+    def __init__(self, model, batch, read):
+        self.model, self.batch, self.read = model, batch, read
+
+    def prefill(self):
+        from pgcore.generation import prefill
+
+        slots = self.batch["input_ids"].shape[1] + SPARE
+        logits, self.state = prefill(self.model, self.batch, slots)
+        self.tokens = logits.argmax(dim=-1)
+
+    def step(self):
+        from pgcore.generation import decode_step
+
+        logits = decode_step(self.model, self.tokens, self.state, self.read)
+        self.tokens = logits.argmax(dim=-1)
+
+
+def speeds(model, theirs, processors, batch_size: int) -> dict:
+    """Median seconds of prefill and of a step, in turns; and what they must read."""
+    import torch
+    from PIL import Image
+
+    from pgcore.generation import compiled_read_token, read_token
+
+    pictures = [Image.effect_noise((400 + i, 300), 90) for i in range(batch_size)]
+    prompts = [PROMPT] * batch_size
+    batch = processors["pgcore"](pictures, prompts)
+    runners = {
+        "transformers": Theirs(theirs, batch),
+        "pgcore": Ours(model, batch, read_token),
+        "pgcore compiled": Ours(model, batch, compiled_read_token()),
+    }
+    taken = defaultdict(list)
+    draws = random.Random(0)
+    with torch.inference_mode():
+        for number in range(ROUNDS + 1):  # the first warms up, and compiles
+            for name in draws.sample(list(runners), len(runners)):
+                times = one_round(runners[name])
+                if number:
+                    for what, seconds in times.items():
+                        taken[what, name] += seconds
+        flops = prefill_flops(runners["pgcore"])
+        first = first_token(processors, pictures, prompts, runners)
+    seconds = {what: {} for what in ("prefill", "step")}
+    for (what, name), values in taken.items():
+        seconds[what][name] = statistics.median(values)
+    seconds["first token"] = first
+    weights = sum(p.nbytes for p in model.language.parameters())
+    return {"seconds": seconds, "prefill flops": flops, "step bytes": weights}
+
+
+def one_round(runner) -> dict[str, list[float]]:
+    start = time.perf_counter()
+    runner.prefill()
+    times = {"prefill": [time.perf_counter() - start], "step": []}
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        runner.step()
+        times["step"].append(time.perf_counter() - start)
+    times["step"] = times["step"][2:]  # caches of the processor settle
+    return times
+
+
+def first_token(processors, pictures, prompts, runners) -> dict[str, float]:
+    """From pictures and prompts to a token: each with its own processor."""
+    taken = defaultdict(list)
+    draws = random.Random(1)
+    names = ["transformers", "pgcore"]
+    for _ in range(ROUNDS):
+        for name in draws.sample(names, len(names)):
+            start = time.perf_counter()
+            runners[name].batch = processors[name](pictures, prompts)
+            runners[name].prefill()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def prefill_flops(runner) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        runner.prefill()
+    return counter.get_total_flops()
+
+
+def loads(folder: Path, dtype: str) -> dict:
+    """Median seconds from nothing loaded to a token, and memory above the imports."""
+    found = defaultdict(list)
+    names = ["transformers", "pgcore"]
+    draws = random.Random(2)
+    for number in range(LOADS + 1):
+        for name in draws.sample(names, len(names)):
+            command = [sys.executable, __file__, "--child", name, str(folder), dtype]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            if number:
+                found[name].append(json.loads(result.stdout.splitlines()[-1]))
+    return {
+        what: {n: statistics.median(f[what] for f in found[n]) for n in names}
+        for what in ("load and first token", "memory")
+    }
+
+
+def load_once(name: str, folder: str, dtype: str) -> dict[str, float]:
+    """In a process of its own: load, answer with one token, look at the memory."""
+    import torch
+    from PIL import Image
+    from transformers import PaliGemmaForConditionalGeneration  # noqa: F401
+
+    from pgcore import load
+    from pgcore.generation import read_token
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    picture = Image.effect_noise((400, 300), 90)
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    if name == "pgcore":
+        model, processor = load(folder, device="cpu")
+        runner = Ours(model, processor([picture], [PROMPT]), read_token)
+    else:
+        model, process = load_theirs(Path(folder), dtype)
+        runner = Theirs(model, process([picture], [PROMPT]))
+    with torch.inference_mode():
+        runner.prefill()
+    seconds = time.perf_counter() - start
+    return {"load and first token": seconds, "memory": memory("VmHWM") - before}
+
+
+def memory(which: str) -> int:
+    """Bytes of this process now (VmRSS) or at most (VmHWM); pages of files count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(which):
+            return 1024 * int(line.split()[1])
+    raise ValueError(f"{which}: this system does not say")
+
+
+TEXT_OF_PAGE = """\
+# Performance
+
+How fast is what you have built, beside the library that everybody uses, and how far is
+it from what the machine can do? `make bench` measures it; this page is what it found.
+
+Both sides read the same checkpoint, a random PaliGemma of 192 million parameters (vision
+tower: width 512, 12 layers, 224 pixels in patches of 14; Gemma: width 1024, 8 layers, 8
+query heads, 1 key head of 128, 32,768 words). They take turns in one process, in random
+order; each figure is a median. *Prefill* is the tower and a prefix of {prefix} tokens up
+to the logits of the next token. *First token* begins with a picture and a prompt. A
+*step* reads one token a row. *Load* begins with an empty process after its imports and
+ends with a token; *memory* is the most that it took above the imports.
+
+{table}
+
+*Times* says how many times as fast as transformers: above 1 is faster; for memory, how
+many times as little. *Of the limit* is the share of the machine's own speed: for prefill,
+of the rate of a large matrix product ({gemm}); for a step with one row, of the rate at
+which memory can be read ({bytes}), as each step reads all weights of the decoder once.
+
+Measured on {processor}, {cores} cores, with torch {torch} and transformers
+{transformers}, {date}. The machine is a shared one: times move by half, ratios by a
+tenth.
+
+Where does it come from? Prefill: the last layer computes one query instead of all
+([chapter 10](../chapters/10_gemma.ipynb)). Eager steps: one key head is read once for all
+its queries ([chapter 05](../chapters/05_attention.ipynb)), a static cache
+([chapter 09](../chapters/09_kv_cache.ipynb)), and little else between the matrices.
+Compiled steps: products of a matrix and one vector are written as sums, which reads
+weights at the speed of memory ([chapter 14](../chapters/14_generation.ipynb)).
+"""
+
+
+def write_page(report: dict) -> None:
+    limits, machine = report["limits"], report["machine"]
+    rates = " and ".join(f"{limits[d] / 1e9:.0f} GFLOP/s in {d}" for d in DTYPES)
+    page = TEXT_OF_PAGE.format(
+        table="\n".join(table(report)),
+        gemm=rates,
+        bytes=f"{limits['bytes'] / 1e9:.0f} GB/s",
+        prefix=report["prefix"],
+        **machine,
+    )
+    PAGE.write_text(page, encoding="utf8")
+
+
+def table(report: dict) -> list[str]:
+    """A line for each figure, numbers with their units."""
+    lines = [
+        "| | format | rows | transformers | pgcore | times | of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        if "batch" not in row:
+            lines += load_lines(row)
+    for what in ("prefill", "first token", "step"):
+        for row in report["rows"]:
+            if "batch" in row:
+                lines += speed_lines(what, row, report["limits"])
+    return lines
+
+
+def load_lines(row: dict) -> list[str]:
+    lines = []
+    for what, unit, scale in (
+        ("load and first token", "s", 1),
+        ("memory", "GB", 1e-9),
+    ):
+        theirs, ours = row[what]["transformers"], row[what]["pgcore"]
+        lines.append(
+            f"| {what} | {row['dtype']} | 1 | {theirs * scale:.2f} {unit} |"
+            f" {ours * scale:.2f} {unit} | {theirs / ours:.2f} | |"
+        )
+    return lines
+
+
+def speed_lines(what: str, row: dict, limits: dict) -> list[str]:
+    seconds, batch, dtype = row["seconds"][what], row["batch"], row["dtype"]
+    theirs, lines = seconds["transformers"], []
+    for name in [name for name in seconds if name != "transformers"]:
+        ours, limit = seconds[name], ""
+        if what == "prefill":
+            limit = f"{row['prefill flops'] / limits[dtype] / ours:.0%}"
+        elif what == "step" and batch == 1:
+            limit = f"{row['step bytes'] / limits['bytes'] / ours:.0%}"
+        label = what + name.removeprefix("pgcore").replace(" ", ", ")
+        shown = [f"{1000 * value:.0f} ms" for value in (theirs, ours)]
+        if what == "step":
+            shown = [f"{batch / value:.1f} tokens/s" for value in (theirs, ours)]
+        lines.append(
+            f"| {label} | {dtype} | {batch} | {shown[0]} | {shown[1]} |"
+            f" {theirs / ours:.2f} | {limit} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
