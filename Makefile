@@ -7,6 +7,7 @@
 #   make chapters   export modules, execute stale notebooks, normalise (CH=02 for one)
 #   make siglip     train the emoji SigLIP that ships (an hour and more; go on by repeating)
 #   make colab      run the chapters as Colab does (CH=02 for one)
+#   make bench      measure pgcore beside transformers (half an hour, on a quiet machine)
 #   make soak       the slow checks: every page at every size, many more random cases
 #   make links      follow every link that leaves the book (needs the network)
 #   make clean      remove the built pages and the environment
@@ -27,7 +28,8 @@ export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: book serve test lint unit notebooks pages lab chapters siglip colab soak links clean
+.PHONY: book serve test lint unit notebooks pages lab chapters siglip colab bench soak \
+	links clean
 .DEFAULT_GOAL := book
 .NOTPARALLEL: # one environment, two cores
 
@@ -72,6 +74,9 @@ siglip: .venv/.lab
 
 colab: .venv/.dev
 	PGCORE_COLAB="$(or $(CH),all)" $(PYTEST) tests/test_colab.py
+
+bench: .venv/.dev
+	$(BIN)/python tools/bench.py
 
 soak: .venv/.dev book
 	HYPOTHESIS_PROFILE=soak PGCORE_PAGES=all $(PYTEST) tests $(SHAPES)
