@@ -37,7 +37,7 @@ def reference_resize_matrix(
 
 def reference_resize(image: np.ndarray, size: int) -> np.ndarray:
     """Columns, then rows, and bytes after each, as Pillow does it."""
-    x = torch.from_numpy(image).double()  # height width 3
+    x = torch.tensor(image, dtype=torch.float64)  # height width 3
     columns = reference_resize_matrix(image.shape[1], size)
     rows = reference_resize_matrix(image.shape[0], size)
     x = torch.einsum("nw,hwc->hnc", columns, x).round().clamp(0, 255)
