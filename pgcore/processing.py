@@ -104,15 +104,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     first = [*CONTROL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
     if (room := vocab_size - len(first)) < 0:
         raise ValueError(f"vocab_size: expected 260 or more, found {vocab_size}")
-    whole, trained = {*LOC_TOKENS, *SEG_TOKENS}, _byte_pairs()
-    words = (w for text in texts for w in _WORD.findall(text) if w not in whole)
+    found = (word for text in texts for word in _WORD.findall(text))
+    words = (word for word in found if word[:4] not in ("<loc", "<seg"))
     options = {"special_tokens": first, "limit_alphabet": room}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
-    trained.train_from_iterator(words, trainer)
+    (trained := _byte_pairs()).train_from_iterator(words, trainer)
     # Made anew: a trainer's first tokens are special, and bytes are not.
-    found = json.loads(trained.to_str())["model"]
-    pairs = [tuple(pair) for pair in found["merges"]]
-    return _finished(_byte_pairs(vocab=found["vocab"], merges=pairs), CONTROL_TOKENS)
+    model = json.loads(trained.to_str())["model"]
+    pairs = [tuple(pair) for pair in model["merges"]]
+    return _finished(_byte_pairs(vocab=model["vocab"], merges=pairs), CONTROL_TOKENS)
 
 
 def _byte_pairs(**learned) -> Tokenizer:
@@ -120,7 +120,7 @@ def _byte_pairs(**learned) -> Tokenizer:
     options = {"unk_token": UNKNOWN, "byte_fallback": True, "fuse_unk": True}
     tokenizer = Tokenizer(models.BPE(**learned, **options))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " ")]
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
 
