@@ -85,8 +85,8 @@ LOC_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024))  # for boxes
 SEG_TOKENS = tuple(f"<seg{i:03d}>" for i in range(128))  # for masks
 IMAGE, IGNORE = "<image>", -100  # a patch's place; a label that is none
 
-# A place or a shape; a digit; letters or signs, with the space before them;
-# spaces; ends of lines.
+# Places and shapes, single digits, letters or signs with the space before
+# them, more spaces, ends of lines.
 _WORD = re.compile(r"<loc\d{4}>|<seg\d{3}>|\d| ?[^\W\d]+| ?[^\w\s]+| +|\n+")
 
 
@@ -246,7 +246,7 @@ class Processor:
         if len(set(sizes)) > 1 or not sizes[0]:
             what = "images, prompts, suffixes: expected lists of one length"
             raise ValueError(f"{what}, found {sizes}")
-        each = [x if isinstance(x, list | tuple) else [x] for x in images]
+        each = [x if isinstance(x, Sequence) else [x] for x in images]
         R, pad, eos = self.image_size, self.id_of(PAD), self.id_of(EOS)
         seen = [to_pixels(x, R) for row in each for x in row]
         rows = list(map(self._prefix, map(len, each), prompts))

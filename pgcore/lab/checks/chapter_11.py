@@ -128,10 +128,10 @@ def rows_are_laid_out(lay_out):
                 for low in (1, 0)
             ]  # fmt: skip
             kept = [[row[:] for row in rows] for rows in texts]
-            found = lay_out(*texts, pad, eos)
+            found = lay_out(texts[0], texts[1], pad, eos)
             names = ("ids", "mask", "labels")
             for name, mine, right in zip(
-                names, found, by_loops(*kept, pad, eos), strict=True
+                names, found, by_loops(kept[0], kept[1], pad, eos), strict=True
             ):
                 require_close(mine, right, f"{name}, pad {pad}, eos {eos}.")
                 require(mine.dtype == right.dtype, f"{name}: {mine.dtype}")
