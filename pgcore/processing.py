@@ -241,8 +241,8 @@ class Processor:
         picture, and for a text that contains a control token or
         ``<image>``.
         """
-        lists = (images, prompts) + (() if suffixes is None else (suffixes,))
-        sizes = [0 if isinstance(x, str) else len(x) for x in lists]
+        texts = (prompts,) if suffixes is None else (prompts, suffixes)
+        sizes = [0 if isinstance(x, str) else len(x) for x in (images, *texts)]
         if len(set(sizes)) > 1 or not sizes[0]:
             what = "images, prompts, suffixes: expected lists of one length"
             raise ValueError(f"{what}, found {sizes}")
@@ -281,7 +281,7 @@ class Processor:
             "image_processor_type": "SiglipImageProcessor",
         }
         texts = {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
-        for name, found in ("preprocessor", settings), ("tokenizer", _NAMES):
+        for name, found in (("preprocessor", settings), ("tokenizer", _NAMES)):
             texts[f"{name}_config.json"] = json.dumps(found | _OWNER, indent=2)
         for name, text in texts.items():
             with written_whole(folder / name) as path:

@@ -16,7 +16,7 @@ from pgcore.processing import (
 
 
 def bytes_in_range(square):
-    """Bytes of a picture as a tensor in [-1, 1]: right, for what follows."""
+    """Bytes of a picture as a tensor in [-1, 1]; this much is right."""
     colours = torch.from_numpy(np.array(square)).permute(2, 0, 1)
     return colours / 255 / 0.5 - 1
 
@@ -142,7 +142,9 @@ class NewlineJoined(Processor):
 class PlacesInLetters(Processor):
     """<loc0512> is read letter by letter: it was never added.
 
-    Detection finds nothing then (vllm-project/vllm, issue 7115).
+    Suspected when detection found nothing (vllm-project/vllm, issue
+    7115); Hugging Face adds the tokens by hand, since a conversion had
+    missed them (huggingface/transformers, pull request 31022).
     """
 
     def _encode(self, text):
