@@ -233,8 +233,9 @@ class Processor:
     ) -> dict[str, Tensor]:
         """One row for each prompt; images: one each, or several, or none.
 
-        pixel_values [images, 3, R, R], of all rows, in their order;
-        input_ids [B, T]; attention_mask [B, T], False is padding; with
+        pixel_values [images, 3, R, R], all pictures in their order.
+        input_ids [B, T]. attention_mask [B, T]: False is padding; the
+        positions follow from it (``pgcore.rope.token_positions``). With
         suffixes also suffix_mask [B, T], and labels [B, T]: the ids of
         the suffix, IGNORE elsewhere.
         Raises ValueError for numbers of rows that differ, for what is no
