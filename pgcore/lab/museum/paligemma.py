@@ -91,9 +91,8 @@ class WordsScaledTwice(PaliGemma):
 class ScaleFromTheTop(PaliGemma):
     """Divides by the root of the file's ``hidden_size``, not the text's.
 
-    It is 2048 in every file, and right for PaliGemma 1 only: in
-    pytorch-paligemma, and in ports to PaliGemma 2. Liger-Kernel pull
-    request 611 removes the same mistake from a loss.
+    2048 also in PaliGemma 2, whose decoder is wider: pytorch-paligemma,
+    and ports of it. Liger-Kernel pull request 611 reports the mismatch.
     """
 
     hidden_size = 2048
