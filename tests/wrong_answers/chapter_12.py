@@ -108,9 +108,7 @@ def loss_per_example(logits, labels):
 
 def over_tokens(logits, labels):
     labels = labels[:, 1:]
-    total = F.cross_entropy(
-        logits[:, :-1].transpose(1, 2), labels, reduction="sum"
-    )
+    total = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="sum")
     return total / (labels != -100).sum().clamp(min=1)
 
 
