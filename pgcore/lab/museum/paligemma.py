@@ -4,7 +4,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pgcore.paligemma import Output, PaliGemma, suffix_loss
 from pgcore.processing import IGNORE
@@ -120,11 +119,13 @@ class TowerWithoutItsLastNorm(PaliGemma):
     """The tower hands out its stream; post_layernorm is forgotten."""
 
     def encode_images(self, pixel_values):
-        norm, self.vision.post_layernorm = (self.vision.post_layernorm, nn.Identity())
-        try:
-            return super().encode_images(pixel_values)
-        finally:
-            self.vision.post_layernorm = norm
+        kept = []
+        handle = self.vision.post_layernorm.register_forward_pre_hook(
+            lambda module, inputs: kept.append(inputs[0])
+        )
+        self.vision(pixel_values.to(self.projector.linear.weight.dtype))
+        handle.remove()
+        return self.projector(kept[0])
 
 
 class PaddingInThePrefix(PaliGemma):
