@@ -1,3 +1,5 @@
+# Generated from chapters/12_paligemma.ipynb.
+# Edit the notebook, then run "make chapters".
 """PaliGemma: a vision tower, one linear map, and Gemma, read as one model.
 
 Image tokens take the first places of the sequence. They and the prompt
@@ -15,7 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pgcore.attention import attention_mask as block_mask
-from pgcore.gemma import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B, GEMMA_2B, Gemma, GemmaConfig
+from pgcore.gemma import (
+    GEMMA2_2B,
+    GEMMA2_9B,
+    GEMMA2_27B,
+    GEMMA_2B,
+    Gemma,
+    GemmaConfig,
+)
 from pgcore.processing import IGNORE
 from pgcore.rope import token_positions
 from pgcore.vision import (
@@ -25,6 +34,7 @@ from pgcore.vision import (
     VisionConfig,
     VisionTower,
 )
+from pgcore.vision import TINY as TINY_VISION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,7 @@ class PaliGemmaConfig:
     """The sizes of a PaliGemma.
 
     Raises ValueError for an image token below 0.
+    Source: Beyer et al. (2024), section 3.1.
 
     Built in chapter 12, PaliGemma.
     """
@@ -48,7 +59,10 @@ class PaliGemmaConfig:
 
 
 def _published(vision: VisionConfig, text: GemmaConfig) -> PaliGemmaConfig:
-    """With 1024 places and 128 shapes after Gemma's words, then <image>."""
+    """With 1024 places and 128 shapes after Gemma's words, then <image>.
+
+    The table has 257,216 rows, a multiple of 64, as in the files.
+    """
     text = replace(text, vocab_size=257_216)
     return PaliGemmaConfig(vision=vision, text=text, image_token=257_152)
 
@@ -66,11 +80,25 @@ PALIGEMMA2_28B_224 = _published(SO400M_14_224, GEMMA2_27B)
 PALIGEMMA2_28B_448 = _published(SO400M_14_448, GEMMA2_27B)
 PALIGEMMA2_28B_896 = _published(SO400M_14_896, GEMMA2_27B)
 
+# The book's own: a laptop trains it, in chapter 16.
+_TINY_TEXT = GemmaConfig(
+    width=192,
+    depth=4,
+    mlp_dim=768,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=64,
+    vocab_size=3072,
+)
+TINY = PaliGemmaConfig(vision=TINY_VISION, text=_TINY_TEXT, image_token=3071)
+
 
 class Projector(nn.Module):
     """One linear map from the tower's width to the decoder's.
 
-    Zeros at first: training starts with the language model undisturbed.
+    Zeros at first, so that no noise enters a trained decoder. The zero
+    vectors still take their share of its attention, and the tower gets
+    no gradient until the map has moved.
     Source: Beyer et al. (2024), section 3.1; big_vision, head_zeroinit.
 
     Built in chapter 12, PaliGemma.
@@ -93,13 +121,35 @@ def prefix_lm_mask(
 ) -> Bool[Tensor, "B 1 S S"]:
     """Image and prompt are one block; each token of the suffix its own.
 
-    True where query i may read key j. Padding is read by nobody.
+    True where query i may read key j. Padding is read by nobody. The
+    suffix comes last, apart from padding.
     Raises ValueError unless both are boolean, of one shape B S.
     Source: Beyer et al. (2024), figure 2.
 
     Built in chapter 12, PaliGemma.
     """
     return block_mask(is_suffix, is_token)
+
+
+class PrefixGemma(Gemma):
+    """A Gemma whose windows do not cut through the prefix.
+
+    In a local layer what is ``window`` or more slots behind is hidden,
+    but not from tokens that it reads, too: a prefix stays whole at any
+    length. Without a window, and without a prefix, it is ``Gemma``.
+    Source: PaliGemma 2 in transformers 5.23; big_vision has no windows.
+
+    Built in chapter 12, PaliGemma.
+    """
+
+    def _masks(self, mask: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        local, full = super()._masks(mask, slots)
+        if self.config.window is None or len(slots) == 1:
+            return local, full
+        new = full[..., slots]  # B 1 T T
+        both_ways = new & new.transpose(-2, -1)
+        whole = local[..., slots] | both_ways
+        return local.index_copy(-1, slots, whole), full
 
 
 def suffix_loss(
@@ -163,7 +213,7 @@ class PaliGemma(nn.Module):
         self.config = config
         self.vision = VisionTower(config.vision)
         self.projector = Projector(config.vision.width, config.text.width)
-        self.language = Gemma(config.text)
+        self.language = PrefixGemma(config.text)
 
     def encode_images(
         self, pixel_values: Float[Tensor, "images C R R"]
@@ -190,11 +240,15 @@ class PaliGemma(nn.Module):
         x = self.language.embed(input_ids.masked_fill(is_image, 0))
         if image_tokens is None:
             image_tokens = x.new_empty(0, 1, x.shape[-1])
-        tokens = image_tokens.flatten(0, 1)
-        if x.device.type == "cpu" and is_image.sum() != len(tokens):
+        tokens = image_tokens.flatten(0, 1).to(x.dtype)
+        can_look = x.device.type == "cpu"
+        if torch.compiler.is_compiling():
+            can_look = False  # a number that the graph must not wait for
+        if can_look and is_image.sum() != len(tokens):
             raise ValueError(
-                f"input_ids: expected {len(tokens)} places for image tokens "
-                f"({image_tokens.shape[0]} pictures), found {is_image.sum()}"
+                f"input_ids: expected {len(tokens)} places for image "
+                f"tokens ({image_tokens.shape[0]} pictures), "
+                f"found {is_image.sum()}"
             )
         return x.masked_scatter(is_image[..., None], tokens)
 
@@ -213,11 +267,17 @@ class PaliGemma(nn.Module):
         labels: IGNORE, or the id at this place, predicted one before it.
         Raises ValueError for shapes that do not fit.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels: expected {tuple(input_ids.shape)}, as input_ids, "
+                f"found {tuple(labels.shape)}"
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if suffix_mask is None:
             suffix_mask = torch.zeros_like(attention_mask)
-        image_tokens = self.encode_images(pixel_values) if len(pixel_values) else None
+        seen = len(pixel_values) > 0
+        image_tokens = self.encode_images(pixel_values) if seen else None
         hidden = self.language(
             self.embed(input_ids, image_tokens),
             positions=token_positions(attention_mask),
@@ -226,5 +286,30 @@ class PaliGemma(nn.Module):
         if labels is None:
             return Output(self.language.logits(hidden))
         # A row of logits is V numbers: make those that predict something.
-        logits = self.language.logits(hidden[:, :-1][labels[:, 1:] != IGNORE])
+        predicts = labels[:, 1:] != IGNORE
+        logits = self.language.logits(hidden[:, :-1][predicts])
         return Output(logits, suffix_loss(logits, labels))
+
+
+__all__ = [
+    "Output",
+    "PALIGEMMA2_10B_224",
+    "PALIGEMMA2_10B_448",
+    "PALIGEMMA2_10B_896",
+    "PALIGEMMA2_28B_224",
+    "PALIGEMMA2_28B_448",
+    "PALIGEMMA2_28B_896",
+    "PALIGEMMA2_3B_224",
+    "PALIGEMMA2_3B_448",
+    "PALIGEMMA2_3B_896",
+    "PALIGEMMA_3B_224",
+    "PALIGEMMA_3B_448",
+    "PALIGEMMA_3B_896",
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "PrefixGemma",
+    "Projector",
+    "TINY",
+    "prefix_lm_mask",
+    "suffix_loss",
+]

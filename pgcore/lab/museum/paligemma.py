@@ -1,0 +1,250 @@
+# Generated from chapters/12_paligemma.ipynb.
+# Edit the notebook, then run "make chapters".
+"""Wrong twins from chapter 12, PaliGemma."""
+
+import torch
+import torch.nn.functional as F
+
+from pgcore.paligemma import Output, PaliGemma, suffix_loss
+from pgcore.processing import IGNORE
+
+
+class AllOnesMask(PaliGemma):
+    """Everybody reads everybody: the answer is read before it is said.
+
+    Training in transformers until pull request 30918.
+    """
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        return super().forward(pixel_values, input_ids, attention_mask, None, labels)
+
+
+class FullyCausal(PaliGemma):
+    """Read from left to right throughout, picture and prompt, too.
+
+    transformers 5.9 to 5.23, when called without ``token_type_ids``.
+    """
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        everything = torch.ones_like(input_ids, dtype=torch.bool)
+        return super().forward(
+            pixel_values, input_ids, attention_mask, everything, labels
+        )
+
+
+class ImagesDivided(PaliGemma):
+    """Image tokens divided by sqrt(D), though only words are multiplied.
+
+    vLLM issue 52667: the multiplication had moved, the division stayed.
+    """
+
+    def encode_images(self, pixel_values):
+        root = self.config.text.width**0.5
+        return super().encode_images(pixel_values) / root
+
+
+class ImagesMultiplied(PaliGemma):
+    """Everything that goes into Gemma times sqrt(D), image tokens, too.
+
+    What one gets who leaves out the division of pytorch-paligemma
+    because it looks like a bug (its issues 3 and 13).
+    """
+
+    def encode_images(self, pixel_values):
+        root = self.config.text.width**0.5
+        return super().encode_images(pixel_values) * root
+
+
+class WordsNotScaled(PaliGemma):
+    """The rows of the table as they are: no sqrt(D)."""
+
+    def embed(self, input_ids, image_tokens=None):
+        x = super().embed(input_ids, image_tokens)
+        is_image = (input_ids == self.config.image_token)[..., None]
+        return x.where(is_image, x / self.config.text.width**0.5)
+
+
+class WordsScaledTwice(PaliGemma):
+    """By the table, and by hand once more. OpenTau pull request 179."""
+
+    def embed(self, input_ids, image_tokens=None):
+        x = super().embed(input_ids, image_tokens)
+        is_image = (input_ids == self.config.image_token)[..., None]
+        return x.where(is_image, x * self.config.text.width**0.5)
+
+
+class ScaleFromTheTop(PaliGemma):
+    """Divides by the root of the file's ``hidden_size``, not the text's.
+
+    2048 also in PaliGemma 2, whose decoder is wider: pytorch-paligemma,
+    and ports of it. Liger-Kernel pull request 611 reports the mismatch.
+    """
+
+    hidden_size = 2048
+
+    def encode_images(self, pixel_values):
+        undone = self.config.text.width**0.5 / self.hidden_size**0.5
+        return super().encode_images(pixel_values) * undone
+
+
+class PlaceholdersFromTheTable(PaliGemma):
+    """<image> is looked up like a word; the picture never arrives."""
+
+    def embed(self, input_ids, image_tokens=None):
+        return self.language.embed(input_ids)
+
+
+class PicturesInOtherRows(PaliGemma):
+    """Pictures in another order than the rows that they belong to."""
+
+    def encode_images(self, pixel_values):
+        return super().encode_images(pixel_values.flip(0))
+
+
+class TowerWithoutItsLastNorm(PaliGemma):
+    """The tower hands out its stream; post_layernorm is forgotten."""
+
+    def encode_images(self, pixel_values):
+        kept = []
+        handle = self.vision.post_layernorm.register_forward_pre_hook(
+            lambda module, inputs: kept.append(inputs[0])
+        )
+        self.vision(pixel_values.to(self.projector.linear.weight.dtype))
+        handle.remove()
+        return self.projector(kept[0])
+
+
+class PaddingInThePrefix(PaliGemma):
+    """Fillers count as prefix, and everybody reads them.
+
+    Training in transformers 4.48: issue 35855.
+    """
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        return super().forward(pixel_values, input_ids, None, suffix_mask, labels)
+
+
+class SuffixReadsItself(PaliGemma):
+    """Two full blocks: the prefix is safe, the answer reads its future."""
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        if suffix_mask is not None:  # only its first token starts a block
+            suffix_mask = suffix_mask & (suffix_mask.cumsum(dim=1) == 1)
+        return super().forward(
+            pixel_values, input_ids, attention_mask, suffix_mask, labels
+        )
+
+
+class LossOnThePrefix(PaliGemma):
+    """Learns the prompt by heart as well; the answer is one part of it."""
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        if labels is not None:
+            is_word = input_ids != self.config.image_token
+            if attention_mask is not None:
+                is_word = is_word & attention_mask
+            labels = input_ids.where(is_word, IGNORE)
+        return super().forward(
+            pixel_values, input_ids, attention_mask, suffix_mask, labels
+        )
+
+
+class LossNotShifted(PaliGemma):
+    """Each place predicts itself, which it has read."""
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        logits = (
+            super().forward(pixel_values, input_ids, attention_mask, suffix_mask).logits
+        )
+        if labels is None:
+            return Output(logits)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE)
+        return Output(logits, loss)
+
+
+class LossOverPadding(PaliGemma):
+    """The sum is right, and is divided by all places of the batch."""
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        out = super().forward(
+            pixel_values, input_ids, attention_mask, suffix_mask, labels
+        )
+        if labels is None:
+            return out
+        total = suffix_loss(out.logits, labels, "tokens") * len(out.logits)
+        return Output(out.logits, total / labels.numel())
+
+
+TWINS = (
+    ImagesDivided,
+    ImagesMultiplied,
+    WordsNotScaled,
+    WordsScaledTwice,
+    ScaleFromTheTop,
+    PlaceholdersFromTheTable,
+    TowerWithoutItsLastNorm,
+    PicturesInOtherRows,
+    FullyCausal,
+    PaddingInThePrefix,
+    AllOnesMask,
+    SuffixReadsItself,
+    LossOnThePrefix,
+    LossNotShifted,
+    LossOverPadding,
+)
+
+
+def with_bug(model: PaliGemma, twin: type[PaliGemma]) -> PaliGemma:
+    """A copy of a model with the same weights and one bug."""
+    copy = twin(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.projector.linear.weight.dtype).eval()
