@@ -48,7 +48,8 @@ def memory(line):
 imported = memory("VmRSS")
 empty_model(PALIGEMMA_3B_224)  # torch imports more when it first needs "meta"
 before = memory("VmRSS")
-print(f"imports {imported / 1e9:.3f} GB, the device meta +{(before - imported) / 1e9:.3f}")
+meta = before - imported
+print(f"imports {imported / 1e9:.3f} GB, the device meta +{meta / 1e9:.3f} GB")
 start = time.monotonic()
 model, processor = pgcore.load(sys.argv[1], device="cpu", dtype="bfloat16")
 loaded = memory("VmHWM")
