@@ -34,6 +34,7 @@ _PARTS = {
     "projector.": "multi_modal_projector.",
     "language.": "language_model.model.",
 }
+_TABLE = "language_model.model.embed_tokens.weight"
 # What Gemma's norms are called there, in PaliGemma 1 and PaliGemma 2.
 _NORMS = {
     "pre_attention_norm": ("input_layernorm", "input_layernorm"),
@@ -95,8 +96,7 @@ def require_same(
         more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise ValueError(
             f"{where}: weights that do not fit (- expected, + found): "
-            + "; ".join(wrong[:6])
-            + more
+            f"{'; '.join(wrong[:6])}{more}"
         )
 
 
@@ -127,12 +127,10 @@ class _Stored(NamedTuple):
             return file.get_tensor(self.name).to(dtype)
 
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+# fmt: off
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16,
+           "F32": torch.float32, "F64": torch.float64}
+# fmt: on
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -140,8 +138,8 @@ def _weight_files(folder: Path) -> list[Path]:
     whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        if pickles and not whole.is_file():
+        pickles = [] if whole.is_file() else sorted(folder.glob("*.bin"))
+        if pickles:
             raise FileNotFoundError(
                 f"{whole}: no such file; {pickles[0].name} is a pickle, "
                 "which could run code, and is not read"
@@ -152,12 +150,11 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{index}: expected either an index or {whole.name}, found "
             "both; remove the one that is older"
         )
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in names.values()
-    ):
+    where = read_json(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else [None]
+    if any(type(n) is not str or Path(n).name != n for n in names):
         raise ValueError(f"{index}: weight_map: expected file names in this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [folder / name for name in sorted(set(names))]
 
 
 def stored_tensors(folder: Path) -> dict[str, _Stored]:
@@ -173,11 +170,11 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
-                views = {n: file.get_slice(n) for n in list(file.keys())}
-                facts = {n: (v.get_shape(), v.get_dtype()) for n, v in views.items()}
+                views = [(n, file.get_slice(n)) for n in list(file.keys())]
+                facts = [(n, v.get_dtype(), v.get_shape()) for n, v in views]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected safetensors, found {error}") from None
-        for name, (shape, kind) in facts.items():
+        for name, kind, shape in facts:
             if kind not in _DTYPES or hub_name(name) in stored:
                 raise ValueError(
                     f"{path}: {name}: expected once, in "
@@ -189,10 +186,7 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
 
 
 def load_model(
-    folder: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> PaliGemma:
     """Load a checkpoint in Hugging Face's format, in evaluation mode.
 
@@ -216,11 +210,9 @@ def load_model(
     ours = model.state_dict()
     names = {hugging_face_name(n, config.text.post_norms): n for n in ours}
     shapes = {there: tuple(ours[n].shape) for there, n in names.items()}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    require_same(shapes, found, str(folder))
+    require_same(shapes, {n: s.shape for n, s in stored.items()}, str(folder))
     if head is not None:
-        table = stored["language_model.model.embed_tokens.weight"]
-        _require_tied(head, table)
+        _require_tied(head, stored[_TABLE])
     kinds = {tensor.dtype for tensor in stored.values()}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     # The largest first: while it is cast, nothing else is held.
@@ -233,8 +225,7 @@ def load_model(
 def _require_tied(head: _Stored, table: _Stored) -> None:
     """A head in the file must be the table of words once more."""
     one, other = (s.read("cpu", s.dtype) for s in (head, table))
-    is_tied = one.shape == other.shape
-    if not is_tied or not torch.equal(one, other.to(one.dtype)):
+    if not torch.equal(one, other.to(one.dtype)):
         raise ValueError(
             f"{head.path}: {head.name}: expected the numbers of "
             f"{table.name} (PaliGemma's head is tied), found others"
@@ -243,11 +234,10 @@ def _require_tied(head: _Stored, table: _Stored) -> None:
 
 # Which files a checkpoint of ours has.
 _OURS = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config"
-    r"|preprocessor_config|model\.safetensors\.index)\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors"
+    r"((generation_|preprocessor_|tokenizer_)?config|tokenizer)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
-_ID_NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
+_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
 
 def save_pretrained(
@@ -278,9 +268,7 @@ def save_pretrained(
         for name, weight in model.state_dict().items()
     }
     dtype = str(model.projector.linear.weight.dtype).split(".")[-1]
-    ids = {
-        f"{name}_token_id": processor.id_of(token) for name, token in _ID_NAMES.items()
-    }
+    ids = {name: processor.id_of(token) for name, token in _IDS.items()}
     config = config_to_json(model.config, dtype) | ids
     with folder_written_whole(folder) as partial:
         _save_shards(weights, partial, max_shard_bytes)

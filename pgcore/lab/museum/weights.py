@@ -39,7 +39,7 @@ def load_whatever_fits(folder):
     kind = config.text.post_norms
     ours = {hugging_face_name(n, kind): n for n in model.state_dict()}
     with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-        names = list(file.keys())
+        names: list[str] = list(file.keys())
         found = {ours.get(n, n): file.get_tensor(n) for n in names}
     model.load_state_dict(found, strict=False)
     return model.eval()
