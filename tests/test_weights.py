@@ -742,6 +742,19 @@ def test_a_model_survives_its_files(tmp_path):
     assert_equal_weights(mapped, model)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_weights_are_pages_of_the_file_unless_they_are_cast(written):
+    folder = written()
+    for dtype, mapped in ((None, True), (torch.float32, True), (torch.half, False)):
+        model = load_model(folder, dtype=dtype)
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ours = [line.split()[0] for line in lines if str(folder) in line]
+        areas = [[int(end, 16) for end in area.split("-")] for area in ours]
+        for weight in model.parameters():
+            place = weight.data_ptr()
+            assert any(start <= place < end for start, end in areas) is mapped
+
+
 PEAK = """
 import sys, torch
 from pathlib import Path
