@@ -166,7 +166,7 @@ def _sizes(data: Mapping[str, Any], names: Mapping[str, tuple]) -> dict[str, Any
     return sizes
 
 
-def _number(data: Mapping[str, Any], name: str, default: float | None) -> Any:
+def _number(data: Mapping[str, Any], name: str, default: int | float | None) -> Any:
     found = data.get(name, default)
     if type(found) not in (int, float) or not 0 < found < 1e12:
         raise ValueError(f"{name}: expected a number above 0, found {_short(found)}")

@@ -1,3 +1,5 @@
+# Generated from chapters/13_real_weights.ipynb.
+# Edit the notebook, then run "make chapters".
 """Real weights: from files in several layouts to one model, and back.
 
 What a tensor is called in Hugging Face's files is a matter of one table.
@@ -6,6 +8,7 @@ error. Nothing is ever unpickled.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +34,8 @@ _PARTS = {
     "projector.": "multi_modal_projector.",
     "language.": "language_model.model.",
 }
-# What Gemma's norms are called there, in PaliGemma 1 and in PaliGemma 2.
+_TABLE = "language_model.model.embed_tokens.weight"
+# What Gemma's norms are called there, in PaliGemma 1 and PaliGemma 2.
 _NORMS = {
     "pre_attention_norm": ("input_layernorm", "input_layernorm"),
     "post_attention_norm": ("", "post_attention_layernorm"),
@@ -69,8 +73,40 @@ def hub_name(name: str) -> str:
     """
     name = name.removeprefix("model.")
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-    name = re.sub(r"^language_model\.(?!model\.)", "language_model.model.", name)
+    inner = r"^language_model\.(?!model\.)"
+    name = re.sub(inner, "language_model.model.", name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", _TOWER, name)
+
+
+def require_same(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Raise ValueError with a +/- list unless names and shapes agree.
+
+    Built in chapter 13, Real weights.
+    """
+    wrong = [f"- {n} {expected[n]}" for n in expected if n not in found]
+    wrong += [f"+ {n} {found[n]}" for n in found if n not in expected]
+    for name in expected:
+        if name in found and found[name] != expected[name]:
+            wrong.append(f"{name}: - {expected[name]} + {found[name]}")
+    if wrong:
+        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise ValueError(
+            f"{where}: weights that do not fit (- expected, + found): "
+            f"{'; '.join(wrong[:6])}{more}"
+        )
+
+
+def empty_model(config: PaliGemmaConfig) -> PaliGemma:
+    """A model without memory, on the device "meta": names and shapes.
+
+    Built in chapter 13, Real weights.
+    """
+    with torch.device("meta"):
+        return PaliGemma(config)
 
 
 class _Stored(NamedTuple):
@@ -91,32 +127,41 @@ class _Stored(NamedTuple):
             return file.get_tensor(self.name).to(dtype)
 
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+# fmt: off
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16,
+           "F32": torch.float32, "F64": torch.float64}
+# fmt: on
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The one file, or those that the index names; each must exist."""
+    """The one file, or those that the index names, if there is one."""
+    whole = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return [folder / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in names.values()
-    ):
+        pickles = [] if whole.is_file() else sorted(folder.glob("*.bin"))
+        if pickles:
+            raise FileNotFoundError(
+                f"{whole}: no such file; {pickles[0].name} is a pickle, "
+                "which could run code, and is not read"
+            )
+        return [whole]
+    if whole.is_file():
+        raise ValueError(
+            f"{index}: expected either an index or {whole.name}, found "
+            "both; remove the one that is older"
+        )
+    where = read_json(index).get("weight_map")
+    names = list(where.values()) if isinstance(where, dict) else [None]
+    if any(type(n) is not str or Path(n).name != n for n in names):
         raise ValueError(f"{index}: weight_map: expected file names in this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [folder / name for name in sorted(set(names))]
 
 
 def stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """What the weight files hold, by the hub's names; nothing is read yet.
+    """What the weight files hold, by the hub's names; not read yet.
 
     Raises FileNotFoundError for a missing file; ValueError for one that
-    is broken, for a name that comes twice, for numbers that are no floats.
+    is broken, for a name that comes twice, for what are no floats.
 
     Built in chapter 13, Real weights.
     """
@@ -125,58 +170,23 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
-                views = {name: file.get_slice(name) for name in file.offset_keys()}
-                facts = {n: (v.get_shape(), v.get_dtype()) for n, v in views.items()}
+                views = [(n, file.get_slice(n)) for n in list(file.keys())]
+                facts = [(n, v.get_dtype(), v.get_shape()) for n, v in views]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: expected safetensors, found {error}") from None
-        for name, (shape, kind) in facts.items():
+        for name, kind, shape in facts:
             if kind not in _DTYPES or hub_name(name) in stored:
                 raise ValueError(
-                    f"{path}: {name}: expected once, in {', '.join(_DTYPES)}, "
-                    f"found {kind}"
+                    f"{path}: {name}: expected once, in "
+                    f"{', '.join(_DTYPES)}, found {kind}"
                 )
             found = _Stored(path, name, tuple(shape), _DTYPES[kind])
             stored[hub_name(name)] = found
     return stored
 
 
-def require_same(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    where: str,
-) -> None:
-    """Raise ValueError with a +/- list unless names and shapes agree.
-
-    Built in chapter 13, Real weights.
-    """
-    wrong = [f"- {name} {expected[name]}" for name in expected if name not in found]
-    wrong += [f"+ {name} {found[name]}" for name in found if name not in expected]
-    for name in expected:
-        if name in found and found[name] != expected[name]:
-            wrong.append(f"{name}: - {expected[name]} + {found[name]}")
-    if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise ValueError(
-            f"{where}: weights that do not fit (- expected, + found): "
-            + "; ".join(wrong[:6])
-            + more
-        )
-
-
-def empty_model(config: PaliGemmaConfig) -> PaliGemma:
-    """A model without memory, on the device "meta": names and shapes.
-
-    Built in chapter 13, Real weights.
-    """
-    with torch.device("meta"):
-        return PaliGemma(config)
-
-
 def load_model(
-    folder: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> PaliGemma:
     """Load a checkpoint in Hugging Face's format, in evaluation mode.
 
@@ -197,18 +207,17 @@ def load_model(
     stored = stored_tensors(folder)
     head = stored.pop("lm_head.weight", None)
     model = empty_model(config)
-    names = {
-        hugging_face_name(n, config.text.post_norms): n for n in model.state_dict()
-    }
-    shapes = {
-        there: tuple(model.get_parameter(ours).shape) for there, ours in names.items()
-    }
+    ours = model.state_dict()
+    names = {hugging_face_name(n, config.text.post_norms): n for n in ours}
+    shapes = {there: tuple(ours[n].shape) for there, n in names.items()}
     require_same(shapes, {n: s.shape for n, s in stored.items()}, str(folder))
-    kinds = {s.dtype for s in stored.values()}
-    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     if head is not None:
-        _require_tied(head, stored["language_model.model.embed_tokens.weight"])
-    weights = {ours: stored[n].read(device, dtype) for n, ours in names.items()}
+        _require_tied(head, stored[_TABLE])
+    kinds = {tensor.dtype for tensor in stored.values()}
+    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
+    # The largest first: while it is cast, nothing else is held.
+    order = sorted(names, key=lambda n: -math.prod(shapes[n]))
+    weights = {names[n]: stored[n].read(device, dtype) for n in order}
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -216,11 +225,19 @@ def load_model(
 def _require_tied(head: _Stored, table: _Stored) -> None:
     """A head in the file must be the table of words once more."""
     one, other = (s.read("cpu", s.dtype) for s in (head, table))
-    if one.shape != other.shape or not torch.equal(one, other.to(one.dtype)):
+    if not torch.equal(one, other.to(one.dtype)):
         raise ValueError(
-            f"{head.path}: {head.name}: expected the numbers of {table.name} "
-            "(PaliGemma's head is tied), found others"
+            f"{head.path}: {head.name}: expected the numbers of "
+            f"{table.name} (PaliGemma's head is tied), found others"
         )
+
+
+# Which files a checkpoint of ours has.
+_OURS = re.compile(
+    r"((generation_|preprocessor_|tokenizer_)?config|tokenizer)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
 
 def save_pretrained(
@@ -239,23 +256,19 @@ def save_pretrained(
     Built in chapter 13, Real weights.
     """
     folder = Path(folder)
-    ours = re.compile(
-        r"(config|generation_config|tokenizer|tokenizer_config|preprocessor_config"
-        r"|model\.safetensors\.index)\.json|model(-\d+-of-\d+)?\.safetensors"
-    )
-    others = [p.name for p in folder.glob("*") if not ours.fullmatch(p.name)]
+    others = [p.name for p in folder.glob("*") if not _OURS.fullmatch(p.name)]
     if others or folder.is_file():
         raise ValueError(
-            f"{folder}: expected a new folder or one of a checkpoint alone, found "
-            f"{others[0] if others else 'a file'}"
+            f"{folder}: expected a new folder or one of a checkpoint "
+            f"alone, found {others[0] if others else 'a file'}"
         )
     post_norms = model.config.text.post_norms
     weights = {
         hugging_face_name(name, post_norms): weight.detach().contiguous()
         for name, weight in model.state_dict().items()
     }
-    dtype = str(model.projector.linear.weight.dtype).removeprefix("torch.")
-    ids = {f"{n}_token_id": processor.id_of(t) for n, t in _ID_NAMES.items()}
+    dtype = str(model.projector.linear.weight.dtype).split(".")[-1]
+    ids = {name: processor.id_of(token) for name, token in _IDS.items()}
     config = config_to_json(model.config, dtype) | ids
     with folder_written_whole(folder) as partial:
         _save_shards(weights, partial, max_shard_bytes)
@@ -263,9 +276,6 @@ def save_pretrained(
         for name, content in ("config", config), ("generation_config", ids):
             text = json.dumps(content, indent=2) + "\n"
             (partial / f"{name}.json").write_text(text)
-
-
-_ID_NAMES = {"bos": BOS, "eos": EOS, "pad": PAD}
 
 
 def _save_shards(
@@ -292,3 +302,14 @@ def _save_shards(
     index = {"metadata": {"total_size": total}, "weight_map": where}
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+__all__ = [
+    "empty_model",
+    "hub_name",
+    "hugging_face_name",
+    "load_model",
+    "require_same",
+    "save_pretrained",
+    "stored_tensors",
+]
