@@ -208,7 +208,7 @@ def _whole(
     return found
 
 
-def _number(data: Mapping[str, Any], name: str, default: float) -> Any:
+def _number(data: Mapping[str, Any], name: str, default: int | float) -> Any:
     found = data.get(name, default)
     if type(found) not in (int, float) or not 1e-12 < found < 1e12:
         raise ValueError(f"{name}: expected a number above 0, found {_short(found)}")
