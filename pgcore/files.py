@@ -130,9 +130,8 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     finally:
         try:
             tidy()
-        except KeyboardInterrupt:  # of an impatient user
+        finally:  # Ctrl-C once more, by an impatient user
             tidy()
-            raise
 
 
 def _beside(path: Path, kind: str) -> Path:
