@@ -31,11 +31,11 @@ _TEXT = {
     "head_dim": ("head_dim", 256, 10_000),
     "vocab_size": ("vocab_size", None, 10_000_000),
 }
-_GEMMA2 = {
+_CAPS = {
     "attention_softcap": ("attn_logit_softcapping", 50.0),
     "final_softcap": ("final_logit_softcapping", 30.0),
-    "window": ("sliding_window", 4096),
 }
+_WINDOW = 4096
 # What our model does in one way only, so no file may ask for another.
 _GELU = "gelu_pytorch_tanh"
 _VISION_FIXED = {
@@ -122,11 +122,11 @@ def _text_config(text: Mapping[str, Any]) -> GemmaConfig:
         _require(text, {"layer_types": _layer_types(sizes["depth"])})
     scalar = _number(text, "query_pre_attn_scalar", 256)
     sizes["query_scale"] = None if scalar == sizes["head_dim"] else scalar**-0.5
-    for ours, (name, default) in _GEMMA2.items():
-        absent = text.get(name, default) is None
-        sizes[ours] = None if absent else _number(text, name, default)
-    if sizes["window"] is not None:
-        sizes["window"] = _whole(text, *_GEMMA2["window"], 1, _TOKENS)
+    for ours, (name, default) in _CAPS.items():
+        if text.get(name, default) is not None:
+            sizes[ours] = _number(text, name, default)
+    if text.get("sliding_window", _WINDOW) is not None:
+        sizes["window"] = _whole(text, "sliding_window", _WINDOW, 1, _TOKENS)
     return GemmaConfig(**sizes, post_norms=True)
 
 
@@ -153,7 +153,8 @@ def _text_json(text: GemmaConfig) -> dict[str, Any]:
         whole = round(scalar)  # transformers wants one
         exact = abs(scalar - whole) < 1e-9 * scalar
         found["query_pre_attn_scalar"] = whole if exact else scalar
-        found |= {theirs: getattr(text, ours) for ours, (theirs, _) in _GEMMA2.items()}
+        found |= {theirs: getattr(text, ours) for ours, (theirs, _) in _CAPS.items()}
+        found["sliding_window"] = text.window
         found["layer_types"] = _layer_types(text.depth)
     elif any(
         (text.query_scale, text.attention_softcap, text.final_softcap, text.window)
