@@ -85,14 +85,10 @@ def choose_device(device: str | torch.device) -> str:
         return found.type if found is not None else "cpu"
     try:
         found = torch.device(device)
-        if found.type == "meta":
-            raise ValueError("it holds no numbers")
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()  # on "meta" there are no numbers
     except Exception as error:  # each kind of device fails in its own way
-        shown = one_line(repr(str(device)), 60)
-        raise ValueError(
-            f"device: {shown} cannot be used: {_first_line(error)}"
-        ) from None
+        shown, why = one_line(repr(str(device)), 60), _first_line(error)
+        raise ValueError(f"device: {shown} cannot be used: {why}") from None
     return "cpu" if found.type == "cpu" else str(found)
 
 
