@@ -402,6 +402,16 @@ def test_a_member_that_is_no_array(tmp_path, model, arrays):
     refuse(path, model.config, "expected an .npz file")
 
 
+def test_a_header_of_four_gigabytes_is_not_believed(tmp_path, model, arrays):
+    """From version 2 on its length is a number of four bytes."""
+    whole = io.BytesIO()
+    npy.write_array(whole, arrays.pop("llm/final_norm/scale"), version=(2, 0))
+    path = write_npz(tmp_path / "a.npz", arrays, prefix="")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("llm/final_norm/scale.npy", whole.getvalue())
+    refuse(path, model.config, "llm/final_norm/scale of version (2, 0)")
+
+
 def test_a_header_that_asks_for_too_much_is_refused_before_memory_is(
     tmp_path, model, arrays
 ):
