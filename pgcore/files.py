@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -69,7 +69,10 @@ def open_image(path: str | Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} of them")
-                return ImageOps.exif_transpose(image)  # a copy, free of the file
+                image.load()
+                with suppress(Exception):  # broken EXIF data turn nothing
+                    return ImageOps.exif_transpose(image)  # a copy, free of the file
+                return image.copy()
     except Exception as error:  # a decoder of broken bytes may raise anything
         reason = one_line(str(error) or type(error).__name__)
         raise ValueError(

@@ -283,6 +283,14 @@ def test_a_picture_is_turned_as_its_exif_data_say(kind, tmp_path):
     assert to_rgb(image).size == (30, 40)  # not turned once more
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_turn_nothing(kind, tmp_path):
+    path = tmp_path / "picture"
+    for exif in (b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03"):
+        path.write_bytes(encoded(kind, random_picture(40, 30), exif=exif))
+        assert open_image(path).size == (40, 30)
+
+
 # written whole or not at all
 
 
