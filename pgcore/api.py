@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgcore.files import one_line
+from pgcore.files import one_line, shown
 from pgcore.generation import (
     Sampler,
     TextStream,
@@ -68,8 +68,8 @@ def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
         return None
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found not in (*DTYPES.values(), torch.float64):
-        shown = one_line(repr(dtype), 60)
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, found {shown}")
+        names = ", ".join(DTYPES)
+        raise ValueError(f"dtype: expected auto, {names}, found {shown(dtype)}")
     return found
 
 
@@ -87,8 +87,8 @@ def choose_device(device: str | torch.device) -> str:
         found = torch.device(device)
         torch.empty(1, device=found).item()  # on "meta" there are no numbers
     except Exception as error:  # each kind of device fails in its own way
-        shown, why = one_line(repr(str(device)), 60), _first_line(error)
-        raise ValueError(f"device: {shown} cannot be used: {why}") from None
+        why = _first_line(error)
+        raise ValueError(f"device: {shown(device)} cannot be used: {why}") from None
     return "cpu" if found.type == "cpu" else str(found)
 
 
@@ -107,7 +107,7 @@ def find_checkpoint(source: str | Path) -> Path:
                 " or a checkpoint on the hub instead"
             )
         return TINY
-    if name and os.path.isdir(name):
+    if os.path.isdir(name):
         return Path(name)
     if os.path.lexists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(

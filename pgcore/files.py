@@ -24,10 +24,17 @@ def one_line(text: object, most: int = 200) -> str:
     return shown if len(shown) <= most else shown[:most] + "..."
 
 
-def require_file(path: Path) -> None:
-    """Raise FileNotFoundError unless there is such a file."""
+def shown(value: object) -> str:
+    """A value as an error shows it: what was found, and of a long one the beginning."""
+    return one_line(repr(value), 60)
+
+
+def require_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raise FileNotFoundError unless there is such a file, ValueError if larger."""
     if not os.path.isfile(path):  # False, too: a loop of links, a name too long
         raise FileNotFoundError(f"{one_line(path, 300)}: no such file")
+    if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path}: expected at most {max_bytes} bytes, found {size}")
 
 
 def read_json(path: Path) -> dict:
@@ -37,10 +44,8 @@ def read_json(path: Path) -> dict:
         FileNotFoundError: if there is no such file.
         ValueError: for more than MAX_JSON_BYTES, and for what is no JSON object.
     """
-    require_file(path)
+    require_file(path, MAX_JSON_BYTES)
     try:
-        if (size := path.stat().st_size) > MAX_JSON_BYTES:
-            raise ValueError(f"{size} bytes")
         found = json.loads(path.read_text(encoding="utf8"))
         if not isinstance(found, dict):
             raise ValueError(type(found).__name__)

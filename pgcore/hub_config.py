@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pgcore.files import one_line
+from pgcore.files import shown
 from pgcore.gemma import GemmaConfig
 from pgcore.paligemma import PaliGemmaConfig
 from pgcore.vision import VisionConfig
@@ -102,7 +102,7 @@ def config_to_json(config: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
 def _text_config(text: Mapping[str, Any]) -> GemmaConfig:
     kind = text.get("model_type", "gemma")
     if kind not in ("gemma", "gemma2"):
-        raise ValueError(f"model_type: expected gemma or gemma2, found {_short(kind)}")
+        raise ValueError(f"model_type: expected gemma or gemma2, found {shown(kind)}")
     _require(text, _TEXT_FIXED)
     for name in ("hidden_activation", "hidden_act"):  # null: not said
         if text.get(name) is not None:
@@ -174,7 +174,7 @@ def _layer_types(depth: int) -> list[str]:
 def _part(data: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
     """An object in the file; errors about it begin with its name."""
     if not isinstance(found := data.get(name), dict):
-        raise ValueError(f"{name}: expected an object, found {_short(found)}")
+        raise ValueError(f"{name}: expected an object, found {shown(found)}")
     try:
         yield found
     except ValueError as error:
@@ -189,7 +189,7 @@ def _require(
         found = data.get(name, None if needed else expected)
         if found != expected:
             raise ValueError(
-                f"{name}: expected {_short(expected)}, found {_short(found)}"
+                f"{name}: expected {shown(expected)}, found {shown(found)}"
             )
 
 
@@ -205,16 +205,12 @@ def _whole(
 ) -> int:
     found = data.get(name, default)
     if type(found) is not int or not least <= found <= most:
-        raise ValueError(f"{name}: expected {least} to {most}, found {_short(found)}")
+        raise ValueError(f"{name}: expected {least} to {most}, found {shown(found)}")
     return found
 
 
 def _number(data: Mapping[str, Any], name: str, default: int | float) -> Any:
     found = data.get(name, default)
     if type(found) not in (int, float) or not 1e-12 < found < 1e12:
-        raise ValueError(f"{name}: expected a number above 0, found {_short(found)}")
+        raise ValueError(f"{name}: expected a number above 0, found {shown(found)}")
     return found
-
-
-def _short(value: object) -> str:
-    return one_line(repr(value), 60)

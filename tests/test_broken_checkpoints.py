@@ -345,7 +345,7 @@ def test_a_file_beside_an_index_is_refused(copy):
 
 
 BAD_SETTINGS = {
-    "a size": [None, [], {}, 7, "14", {"height": 14}, {"shortest_edge": 14}]
+    "a size": [None, [], {}, 14.5, "14", {"height": 14}, {"shortest_edge": 14}]
     + [{"height": h, "width": h} for h in (0, -1, 10**9, 14.0, True, "14", None)]
     + [{"height": 14, "width": 15}, {"height": "1\n4" * 999, "width": 14}],
     "image_seq_length": [None, 0, -1, 10**9, 4.0, True, "4", [], "4\n" * 999],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pgcore import files
 from pgcore.files import (
@@ -25,6 +25,7 @@ from pgcore.files import (
     one_line,
     open_image,
     read_json,
+    shown,
     written_whole,
 )
 from tests.checkpoints import is_one_short_line, random_picture
@@ -50,6 +51,12 @@ def test_one_line_is_one_short_line_and_leaves_short_ones_alone(text, most):
     assert shown.isprintable() and len(shown) <= most + 3
     if text.isprintable() and len(text) <= most:
         assert shown == text
+
+
+def test_a_value_is_shown_as_python_writes_it():
+    assert shown("two\nlines") == r"'two\nlines'"
+    assert shown([1.5, None]) == "[1.5, None]"
+    assert len(shown("x" * 999)) == 63
 
 
 # what is not there
@@ -243,8 +250,8 @@ def test_a_bomb_is_refused_by_its_header(content, tmp_path, monkeypatch):
     path.write_bytes(content)
     for own in (Image.MAX_IMAGE_PIXELS, None):  # with Pillow's own limit, and without
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", own)
-        monkeypatch.setattr(Image.core, "new", None)  # nothing is to be allocated
-        monkeypatch.setattr(Image.core, "fill", None)
+        for kind in (Image.Image, ImageFile.ImageFile):  # no pixel is to be made
+            monkeypatch.setattr(kind, "load", lambda _: pytest.fail("loaded"))
         assert str(MAX_PIXELS) in refused(open_image, path)
 
 
