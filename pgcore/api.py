@@ -1,5 +1,6 @@
 """``pgcore.load`` and ``pgcore.generate``: all chapters behind two functions."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgcore.files import one_line, shown
 from pgcore.generation import (
     Sampler,
     TextStream,
@@ -22,16 +24,16 @@ from pgcore.processing import EOS, Processor, load_processor
 from pgcore.weights import load_model
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # nothing else comes
+_PICKLES = ".bin", ".pt", ".pth", ".ckpt", ".pkl"
 
 
 def load(
-    source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
 ) -> tuple[PaliGemma, Processor]:
     """Load a PaliGemma and its processor, ready for use.
 
@@ -47,32 +49,47 @@ def load(
         FileNotFoundError: if the source, or one of its files, is not there.
         ValueError: for anything in it that is broken or does not fit.
     """
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if wanted is None and dtype != "auto":
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, found {dtype!r}")
-    chosen = choose_device(device)
+    wanted, chosen = choose_dtype(dtype), choose_device(device)
     folder = find_checkpoint(source)
+    _require_readable_weights(folder)
     processor = load_processor(folder)
     model = load_model(folder, device=chosen, dtype=wanted)
     require_fit(model, processor, folder)
     return model, processor
 
 
-def choose_device(device: str) -> str:
+def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype of a name; None for ``"auto"``.
+
+    Raises:
+        ValueError: for any other name, and for a dtype that no model can have.
+    """
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in (*DTYPES.values(), torch.float64):
+        names = ", ".join(DTYPES)
+        raise ValueError(f"dtype: expected auto, {names}, found {shown(dtype)}")
+    return found
+
+
+def choose_device(device: str | torch.device) -> str:
     """Turn ``"auto"`` into a GPU if there is one; check any other name.
 
     Raises:
         ValueError: for a device that torch does not know or that is not there.
     """
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator()
-        return accelerator.type if accelerator is not None else "cpu"
+        there = torch.accelerator.is_available()  # torch may be built for one only
+        found = torch.accelerator.current_accelerator() if there else None
+        return found.type if found is not None else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
-    return device
+        found = torch.device(device)
+        torch.empty(1, device=found).item()  # on "meta" there are no numbers
+    except Exception as error:  # each kind of device fails in its own way
+        why = _first_line(error)
+        raise ValueError(f"device: {shown(device)} cannot be used: {why}") from None
+    return "cpu" if found.type == "cpu" else str(found)
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -82,30 +99,27 @@ def find_checkpoint(source: str | Path) -> Path:
         FileNotFoundError: if it is neither here nor there.
         ValueError: if the hub refuses it.
     """
-    if source == "tiny":
+    name = str(source)
+    if name == "tiny":
         if not (TINY / "config.json").is_file():
             raise FileNotFoundError(
                 'the model "tiny" is not trained yet (chapter 16 does); name a folder'
                 " or a checkpoint on the hub instead"
             )
         return TINY
-    if (folder := Path(source)).is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.lexists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(
-            f"{source}: expected a folder, a name on the hub such as"
+            f"{one_line(name)}: expected a folder, a name on the hub such as"
             ' google/paligemma2-3b-mix-224, or "tiny"'
         )
-    return _download(str(source))
+    return _download(name)
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
@@ -119,11 +133,33 @@ def _download(name: str) -> Path:
             f"{name}: neither a folder nor a model that the hub shows you; check the"
             " name, and log in with: hf auth login"
         ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the network, the disk, the hub
         raise FileNotFoundError(
-            f"{name}: not a folder, and it cannot be downloaded: {reason}"
+            f"{one_line(name)}: not a folder, and it cannot be downloaded:"
+            f" {_first_line(error)}"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(lines[0])
+
+
+def _require_readable_weights(folder: Path) -> None:
+    """Say what to do with weights that are there, but not as safetensors."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
+    ):
+        return
+    for name in names:
+        if name.endswith((*_PICKLES, ".npz")):
+            advice = "such a file may run code when it is read: save it as safetensors"
+            if name.endswith(".npz"):
+                advice = "read it with pgcore.big_vision.load_npz"
+            raise FileNotFoundError(
+                f"{folder}: expected model.safetensors, found only {name}; {advice}"
+            )
 
 
 def require_fit(model: PaliGemma, processor: Processor, where: Path) -> None:
@@ -139,8 +175,9 @@ def require_fit(model: PaliGemma, processor: Processor, where: Path) -> None:
             raise ValueError(
                 f"{where}: {name}: the processor has {found}, the model {expected}"
             )
-    most = processor.tokenizer.get_vocab_size() - 1
-    if most >= max(rows, image_token + 1):
+    ids = processor.tokenizer.get_vocab().values()  # numbers may be left out
+    most = max(token for token in ids if token != image_token)
+    if most >= rows:
         raise ValueError(
             f"{where}: the tokenizer has ids up to {most}, the model {rows} words"
         )

@@ -5,66 +5,86 @@ configuration is the caller's. Source: big_vision, ``models/vit.py`` and
 ``models/ppp/gemma.py``.
 """
 
-import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
-from pgcore.files import require_file
+from pgcore.files import one_line, require_file
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.weights import empty_model, require_same
 
-# For each of ours: the array, and the order of its axes that makes it ours.
+# For each of ours: the array, its axes, and the order of them that makes it ours. An
+# axis that is not ours is a place in it: the layer; first or second of two.
 _TOP = {
-    "vision.patch_embedding.conv.weight": ("img/embedding/kernel", (3, 2, 0, 1)),
-    "vision.patch_embedding.conv.bias": ("img/embedding/bias", (0,)),
-    "vision.positions": ("img/pos_embedding", (0, 1, 2)),
-    "vision.post_layernorm.weight": ("img/Transformer/encoder_norm/scale", (0,)),
-    "vision.post_layernorm.bias": ("img/Transformer/encoder_norm/bias", (0,)),
-    "projector.linear.weight": ("img/head/kernel", (1, 0)),
-    "projector.linear.bias": ("img/head/bias", (0,)),
-    "language.embed_tokens.weight": ("llm/embedder/input_embedding", (0, 1)),
-    "language.norm.weight": ("llm/final_norm/scale", (0,)),
+    "vision.patch_embedding.conv.weight": (
+        "img/embedding/kernel",
+        "row column C D -> D C row column",
+    ),
+    "vision.patch_embedding.conv.bias": ("img/embedding/bias", "D -> D"),
+    "vision.positions": ("img/pos_embedding", "1 P D -> 1 P D"),
+    "vision.post_layernorm.weight": ("img/Transformer/encoder_norm/scale", "D -> D"),
+    "vision.post_layernorm.bias": ("img/Transformer/encoder_norm/bias", "D -> D"),
+    "projector.linear.weight": ("img/head/kernel", "features D -> D features"),
+    "projector.linear.bias": ("img/head/bias", "D -> D"),
+    "language.embed_tokens.weight": ("llm/embedder/input_embedding", "V D -> V D"),
+    "language.norm.weight": ("llm/final_norm/scale", "D -> D"),
 }
-# Of layers: their arrays have the layers as a first axis, and some a part as second.
 _HEADS = "MultiHeadDotProductAttention_0"
 _VISION_LAYERS = {
-    "layer_norm1.weight": ("LayerNorm_0/scale", (0,)),
-    "layer_norm1.bias": ("LayerNorm_0/bias", (0,)),
-    "layer_norm2.weight": ("LayerNorm_1/scale", (0,)),
-    "layer_norm2.bias": ("LayerNorm_1/bias", (0,)),
-    "self_attn.q_proj.weight": (f"{_HEADS}/query/kernel", (1, 2, 0)),  # D N H
-    "self_attn.q_proj.bias": (f"{_HEADS}/query/bias", (0, 1)),  # N H
-    "self_attn.k_proj.weight": (f"{_HEADS}/key/kernel", (1, 2, 0)),
-    "self_attn.k_proj.bias": (f"{_HEADS}/key/bias", (0, 1)),
-    "self_attn.v_proj.weight": (f"{_HEADS}/value/kernel", (1, 2, 0)),
-    "self_attn.v_proj.bias": (f"{_HEADS}/value/bias", (0, 1)),
-    "self_attn.o_proj.weight": (f"{_HEADS}/out/kernel", (2, 0, 1)),  # N H D
-    "self_attn.o_proj.bias": (f"{_HEADS}/out/bias", (0,)),
-    "mlp.fc1.weight": ("MlpBlock_0/Dense_0/kernel", (1, 0)),
-    "mlp.fc1.bias": ("MlpBlock_0/Dense_0/bias", (0,)),
-    "mlp.fc2.weight": ("MlpBlock_0/Dense_1/kernel", (1, 0)),
-    "mlp.fc2.bias": ("MlpBlock_0/Dense_1/bias", (0,)),
+    "layer_norm1.weight": ("LayerNorm_0/scale", "L D -> D"),
+    "layer_norm1.bias": ("LayerNorm_0/bias", "L D -> D"),
+    "layer_norm2.weight": ("LayerNorm_1/scale", "L D -> D"),
+    "layer_norm2.bias": ("LayerNorm_1/bias", "L D -> D"),
+    "self_attn.q_proj.weight": (f"{_HEADS}/query/kernel", "L D N H -> N H D"),
+    "self_attn.q_proj.bias": (f"{_HEADS}/query/bias", "L N H -> N H"),
+    "self_attn.k_proj.weight": (f"{_HEADS}/key/kernel", "L D N H -> N H D"),
+    "self_attn.k_proj.bias": (f"{_HEADS}/key/bias", "L N H -> N H"),
+    "self_attn.v_proj.weight": (f"{_HEADS}/value/kernel", "L D N H -> N H D"),
+    "self_attn.v_proj.bias": (f"{_HEADS}/value/bias", "L N H -> N H"),
+    "self_attn.o_proj.weight": (f"{_HEADS}/out/kernel", "L N H D -> D N H"),
+    "self_attn.o_proj.bias": (f"{_HEADS}/out/bias", "L D -> D"),
+    "mlp.fc1.weight": ("MlpBlock_0/Dense_0/kernel", "L D F -> F D"),
+    "mlp.fc1.bias": ("MlpBlock_0/Dense_0/bias", "L F -> F"),
+    "mlp.fc2.weight": ("MlpBlock_0/Dense_1/kernel", "L F D -> D F"),
+    "mlp.fc2.bias": ("MlpBlock_0/Dense_1/bias", "L D -> D"),
 }
 _TEXT_LAYERS = {
-    "pre_attention_norm.weight": ("pre_attention_norm/scale", (0,)),
-    "self_attn.q_proj.weight": ("attn/q_einsum/w", (0, 2, 1)),  # N D H
-    "self_attn.k_proj.weight": ("attn/kv_einsum/w", (0, 2, 1), 0),  # 2 K D H
-    "self_attn.v_proj.weight": ("attn/kv_einsum/w", (0, 2, 1), 1),
-    "self_attn.o_proj.weight": ("attn/attn_vec_einsum/w", (2, 0, 1)),  # N H D
-    "post_attention_norm.weight": ("post_attention_norm/scale", (0,)),
-    "pre_mlp_norm.weight": ("pre_ffw_norm/scale", (0,)),
-    "mlp.gate_proj.weight": ("mlp/gating_einsum", (1, 0), 0),  # 2 D F
-    "mlp.up_proj.weight": ("mlp/gating_einsum", (1, 0), 1),
-    "mlp.down_proj.weight": ("mlp/linear", (1, 0)),  # F D
-    "post_mlp_norm.weight": ("post_ffw_norm/scale", (0,)),
+    "pre_attention_norm.weight": ("pre_attention_norm/scale", "L D -> D"),
+    "self_attn.q_proj.weight": ("attn/q_einsum/w", "L N D H -> N H D"),
+    "self_attn.k_proj.weight": ("attn/kv_einsum/w", "L 2 K D H -> K H D", 0),
+    "self_attn.v_proj.weight": ("attn/kv_einsum/w", "L 2 K D H -> K H D", 1),
+    "self_attn.o_proj.weight": ("attn/attn_vec_einsum/w", "L N H D -> D N H"),
+    "post_attention_norm.weight": ("post_attention_norm/scale", "L D -> D"),
+    "pre_mlp_norm.weight": ("pre_ffw_norm/scale", "L D -> D"),
+    "mlp.gate_proj.weight": ("mlp/gating_einsum", "L 2 D F -> F D", 0),
+    "mlp.up_proj.weight": ("mlp/gating_einsum", "L 2 D F -> F D", 1),
+    "mlp.down_proj.weight": ("mlp/linear", "L F D -> D F"),
+    "post_mlp_norm.weight": ("post_ffw_norm/scale", "L D -> D"),
 }
 
 
-Source = tuple[str, tuple[int, ...], tuple[int, ...]]  # array, place in it, axes
+class _Source(NamedTuple):
+    """Where a parameter of ours comes from."""
+
+    array: str
+    axes: list[str]  # of the array
+    place: tuple[int, ...]  # in the first of them
+    order: list[int]  # of the others, to be ours
+
+
+class _Header(NamedTuple):
+    """An array in a file, not read yet."""
+
+    member: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def load_npz(
@@ -87,55 +107,93 @@ def load_npz(
     path = Path(path)
     require_file(path)
     model = empty_model(config)
-    shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    sources = {name: _source(name) for name in shapes}
+    sources = {name: _source(name) for name in model.state_dict()}
+    expected = {s.array: _shape(s, config) for s in sources.values()}
     weights: dict[str, Tensor] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name.removeprefix("params/"): name for name in file.files}
-            names = {array: () for array, _, _ in sources.values()}
-            require_same(names, dict.fromkeys(stored, ()), str(path))
-            for array in stored:  # one of them in memory at a time
-                whole = _floats(file[stored[array]])
-                for name, (where, place, axes) in sources.items():
-                    if where == array:
-                        part = _arranged(whole, place, axes, shapes[name])
-                        weights[name] = part.to(device, dtype, copy=True)
-    except (zipfile.BadZipFile, OSError, EOFError, IndexError) as error:
-        raise ValueError(f"{path}: expected an .npz file, found {error}") from None
-    require_same(shapes, {n: tuple(w.shape) for n, w in weights.items()}, str(path))
+    with ExitStack() as stack:
+        with _reading(path):
+            file = stack.enter_context(zipfile.ZipFile(path))
+            headers = _headers(file)
+        found = {array: header.shape for array, header in headers.items()}
+        require_same(expected, found, str(path))
+        for array, header in headers.items():  # one of them in memory at a time
+            with _reading(path, array):
+                whole = _read(file, header)
+            for name, source in sources.items():
+                if source.array == array:
+                    part = whole[source.place].permute(source.order)
+                    part = part.reshape(model.get_parameter(name).shape)  # joins heads
+                    weights[name] = part.to(device, dtype, copy=True)
+                    del part
+            del whole
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def _source(name: str) -> Source:
-    """Say where a parameter of ours comes from."""
+def _source(name: str) -> _Source:
     if name in _TOP:
-        array, axes = _TOP[name]
-        return array, (), axes
-    wing, _, layer, leaf = name.split(".", 3)
-    if wing == "vision":
-        array, axes = _VISION_LAYERS[leaf]
-        return f"img/Transformer/encoderblock/{array}", (int(layer),), axes
-    array, axes, *part = _TEXT_LAYERS[leaf]
-    return f"llm/layers/{array}", (int(layer), *part), axes
+        (array, pattern), place = _TOP[name], ()
+    else:
+        wing, _, layer, leaf = name.split(".", 3)
+        below, table = {
+            "vision": ("img/Transformer/encoderblock/", _VISION_LAYERS),
+            "language": ("llm/layers/", _TEXT_LAYERS),
+        }[wing]
+        array, pattern, *half = table[leaf]
+        array, place = below + array, (int(layer), *half)
+    axes, ours = (side.split() for side in pattern.split(" -> "))
+    order = [axes[len(place) :].index(axis) for axis in ours]
+    return _Source(array, axes, place, order)
 
 
-def _floats(array: np.ndarray) -> Tensor:
-    """NumPy has no bfloat16: such arrays come as two bytes without a type."""
-    if array.dtype == np.dtype("V2"):
+def _shape(source: _Source, config: PaliGemmaConfig) -> tuple[int, ...]:
+    """What the array of a model of these sizes has."""
+    vision, text = config.vision, config.text
+    if source.array == "img/head/kernel":  # from one wing to the other
+        return vision.width, text.width
+    sizes = {"1": 1, "2": 2, "C": 3, "P": vision.num_patches}
+    sizes |= {"row": vision.patch_size, "column": vision.patch_size}
+    sizes |= {"K": text.num_kv_heads, "V": text.vocab_size}
+    is_vision = source.array.startswith("img/") and source.array != "img/head/bias"
+    wing = vision if is_vision else text
+    sizes |= {"L": wing.depth, "D": wing.width, "F": wing.mlp_dim}
+    sizes |= {"N": wing.num_heads, "H": wing.head_dim}
+    return tuple(sizes[axis] for axis in source.axes)
+
+
+@contextmanager
+def _reading(path: Path, array: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a reader of broken bytes may raise anything
+        where = f"{path}: {array}" if array else str(path)
+        reason = one_line(str(error) or type(error).__name__)
+        raise ValueError(
+            f"{where}: expected an .npz file of floats, found {reason}"
+        ) from None
+
+
+def _headers(file: zipfile.ZipFile) -> dict[str, _Header]:
+    headers: dict[str, _Header] = {}
+    for member in file.namelist():
+        array = one_line(member.removesuffix(".npy").removeprefix("params/"))
+        if array in headers:
+            raise ValueError(f"{array} twice")
+        with file.open(member) as stream:
+            if (version := npy.read_magic(stream)) != (1, 0):  # others: long headers
+                raise ValueError(f"{array} of version {version}")
+            shape, _, kind = npy.read_array_header_1_0(stream)
+        if kind != "V2" and (kind.kind != "f" or kind.itemsize > 8):
+            raise ValueError(f"{array} of {kind}")
+        headers[array] = _Header(member, shape, kind)
+    return headers
+
+
+def _read(file: zipfile.ZipFile, header: _Header) -> Tensor:
+    with file.open(header.member) as stream:
+        array = npy.read_array(stream, allow_pickle=False)
+        if stream.read(1):  # at the end the checksum is compared
+            raise ValueError("more bytes than its shape says")
+    if header.dtype == "V2":  # NumPy has no bfloat16: two bytes without a type
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    if array.dtype.kind != "f":
-        raise ValueError(f"expected floats, found {array.dtype}")
-    return torch.from_numpy(array)
-
-
-def _arranged(
-    whole: Tensor, place: tuple[int, ...], axes: tuple[int, ...], shape: tuple[int, ...]
-) -> Tensor:
-    """Take a layer's part, order its axes, and join heads as our layer has them."""
-    part = whole[place]
-    if part.ndim != len(axes):
-        return part  # its shape will be reported
-    part = part.permute(axes)
-    return part.reshape(shape) if part.numel() == math.prod(shape) else part
+    return torch.from_numpy(array.astype(header.dtype.newbyteorder("="), copy=False))
