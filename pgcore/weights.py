@@ -151,7 +151,7 @@ def _weight_files(folder: Path) -> list[Path]:
             "both; remove the one that is older"
         )
     where = read_json(index).get("weight_map")
-    names = list(where.values()) if isinstance(where, dict) else [None]
+    names: list = [*where.values()] if isinstance(where, dict) else [0]
     if any(type(n) is not str or Path(n).name != n for n in names):
         raise ValueError(f"{index}: weight_map: expected file names in this folder")
     return [folder / name for name in sorted(set(names))]
