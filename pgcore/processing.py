@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from torch import Tensor
 
-from pgcore.files import read_json, written_whole
+from pgcore.files import one_line, read_json, require_file, shown, written_whole
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -179,10 +179,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     fast, slow = folder / "tokenizer.json", folder / "tokenizer.model"
     if not (is_fast := fast.is_file()) and not slow.is_file():
         raise FileNotFoundError(f"{folder}: neither {fast.name} nor {slow.name}")
+    require_file(fast if is_fast else slow, 500_000_000)
     try:
         found = Tokenizer.from_file(str(fast)) if is_fast else from_sentencepiece(slow)
     except Exception as error:  # both libraries raise nothing narrower
-        raise ValueError(f"{folder}: expected a tokenizer, found: {error}") from None
+        raise ValueError(
+            f"{folder}: expected a tokenizer, found: {one_line(error)}"
+        ) from None
     found.no_padding()
     found.no_truncation()
     return found
@@ -324,13 +327,17 @@ def load_processor(folder: str | Path) -> Processor:
         raise ValueError(f"{path}: image_processor: expected an object")
     for name, expected in _SETTINGS.items():
         if (found := settings.get(name, expected)) != expected:
-            raise ValueError(f"{path}: {name}: expected {expected}, found {found}")
+            raise ValueError(
+                f"{path}: {name}: expected {expected}, found {shown(found)}"
+            )
     side, length = settings.get("size"), settings.get("image_seq_length")
     if isinstance(side, dict) and side.get("height") == side.get("width"):
         side = side.get("height")
     for name, found in ("size", side), ("image_seq_length", length):
         if type(found) is not int or not 1 <= found <= 10_000:
-            raise ValueError(f"{path}: {name}: expected 1 to 10000, found {found}")
+            raise ValueError(
+                f"{path}: {name}: expected 1 to 10000, found {shown(found)}"
+            )
     return Processor(load_tokenizer(folder), cast(int, side), cast(int, length))
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pgcore.files import folder_written_whole, read_json, require_file
+from pgcore.files import folder_written_whole, one_line, read_json, require_file
 from pgcore.hub_config import config_from_json, config_to_json
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import BOS, EOS, PAD, Processor
@@ -88,15 +88,20 @@ def require_same(
     Built in chapter 13, Real weights.
     """
     wrong = [f"- {n} {expected[n]}" for n in expected if n not in found]
-    wrong += [f"+ {n} {found[n]}" for n in found if n not in expected]
-    for name in expected:
-        if name in found and found[name] != expected[name]:
-            wrong.append(f"{name}: - {expected[name]} + {found[name]}")
+    wrong += [
+        f"+ {one_line(name, 90)} {one_line(shape, 40)}"
+        for name, shape in found.items()
+        if name not in expected
+    ]
+    for name, shape in expected.items():
+        if found.get(name, shape) != shape:
+            there = one_line(found[name], 40)
+            wrong.append(f"{name}: - {shape} + {there}")
     if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(
             f"{where}: weights that do not fit (- expected, + found): "
-            f"{'; '.join(wrong[:6])}{more}"
+            f"{'; '.join(wrong[:4])}{more}"
         )
 
 
@@ -109,8 +114,11 @@ def empty_model(config: PaliGemmaConfig) -> PaliGemma:
         return PaliGemma(config)
 
 
-class _Stored(NamedTuple):
-    """A tensor in a file, not read yet."""
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet.
+
+    Built in chapter 13, Real weights.
+    """
 
     path: Path
     name: str
@@ -157,7 +165,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def stored_tensors(folder: Path) -> dict[str, _Stored]:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the weight files hold, by the hub's names; not read yet.
 
     Raises FileNotFoundError for a missing file; ValueError for one that
@@ -165,33 +173,41 @@ def stored_tensors(folder: Path) -> dict[str, _Stored]:
 
     Built in chapter 13, Real weights.
     """
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for path in _weight_files(folder):
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
                 views = [(n, file.get_slice(n)) for n in list(file.keys())]
                 facts = [(n, v.get_dtype(), v.get_shape()) for n, v in views]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: expected safetensors, found {error}") from None
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise ValueError(
+                f"{path}: expected safetensors, found {one_line(error)}"
+            ) from None
         for name, kind, shape in facts:
             if kind not in _DTYPES or hub_name(name) in stored:
                 raise ValueError(
-                    f"{path}: {name}: expected once, in "
+                    f"{path}: {one_line(name, 90)}: expected once, in "
                     f"{', '.join(_DTYPES)}, found {kind}"
                 )
-            found = _Stored(path, name, tuple(shape), _DTYPES[kind])
+            found = Stored(path, name, tuple(shape), _DTYPES[kind])
             stored[hub_name(name)] = found
     return stored
 
 
-def load_model(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> PaliGemma:
-    """Load a checkpoint in Hugging Face's format, in evaluation mode.
+class Checkpoint(NamedTuple):
+    """What a folder holds: sizes, and tensors by our names, not read.
 
-    dtype None: that of the files, float32 if they have several. On a CPU
-    in that dtype nothing is copied: the weights are pages of the files.
+    Built in chapter 13, Real weights.
+    """
+
+    config: PaliGemmaConfig
+    tensors: dict[str, Stored]
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Look at a checkpoint in Hugging Face's format, without loading it.
+
     Raises FileNotFoundError and ValueError, naming the file, for what is
     missing, broken or does not fit.
 
@@ -206,23 +222,39 @@ def load_model(
         raise ValueError(f"{path}: {error}") from None
     stored = stored_tensors(folder)
     head = stored.pop("lm_head.weight", None)
-    model = empty_model(config)
-    ours = model.state_dict()
-    names = {hugging_face_name(n, config.text.post_norms): n for n in ours}
-    shapes = {there: tuple(ours[n].shape) for there, n in names.items()}
+    ours = empty_model(config).state_dict()
+    names = {n: hugging_face_name(n, config.text.post_norms) for n in ours}
+    shapes = {names[n]: tuple(weight.shape) for n, weight in ours.items()}
     require_same(shapes, {n: s.shape for n, s in stored.items()}, str(folder))
     if head is not None:
         _require_tied(head, stored[_TABLE])
+    tensors = {n: stored[there] for n, there in names.items()}
+    return Checkpoint(config, tensors)
+
+
+def load_model(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> PaliGemma:
+    """Load a checkpoint in Hugging Face's format, in evaluation mode.
+
+    dtype None: that of the files, float32 if they have several. On a CPU
+    in that dtype nothing is copied: the weights are pages of the files.
+    Raises as ``read_checkpoint``.
+
+    Built in chapter 13, Real weights.
+    """
+    config, stored = read_checkpoint(folder)
     kinds = {tensor.dtype for tensor in stored.values()}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     # The largest first: while it is cast, nothing else is held.
-    order = sorted(names, key=lambda n: -math.prod(shapes[n]))
-    weights = {names[n]: stored[n].read(device, dtype) for n in order}
+    order = sorted(stored, key=lambda n: -math.prod(stored[n].shape))
+    weights = {n: stored[n].read(device, dtype) for n in order}
+    model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def _require_tied(head: _Stored, table: _Stored) -> None:
+def _require_tied(head: Stored, table: Stored) -> None:
     """A head in the file must be the table of words once more."""
     one, other = (s.read("cpu", s.dtype) for s in (head, table))
     if not torch.equal(one, other.to(one.dtype)):
@@ -305,10 +337,13 @@ def _save_shards(
 
 
 __all__ = [
+    "Checkpoint",
+    "Stored",
     "empty_model",
     "hub_name",
     "hugging_face_name",
     "load_model",
+    "read_checkpoint",
     "require_same",
     "save_pretrained",
     "stored_tensors",

@@ -1,7 +1,7 @@
 """The command line: ``pgcore`` or ``python -m pgcore``. One file a command.
 
-Exit codes: 0 if all went well, 2 for bad input, 1 if the machine gave up (memory, a full
-disk), 130 after Ctrl-C. Results go to standard output, all else to standard error.
+Exit codes: 0 if all went well, 2 for bad input, 1 if the machine gave up (memory, a
+full disk), 130 after Ctrl-C. Results go to standard output, all else to standard error.
 """
 
 import argparse

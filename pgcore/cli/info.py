@@ -1,6 +1,7 @@
 """``pgcore info``: what a checkpoint holds, from the heads of its files."""
 
 import argparse
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     vision, text = checkpoint.config.vision, checkpoint.config.text
     numbers: dict[str, int] = defaultdict(int)
     for name, tensor in checkpoint.tensors.items():
-        numbers[name.split(".")[0]] += tensor.size
+        numbers[name.split(".")[0]] += math.prod(tensor.shape)
     kind = "PaliGemma 2" if text.post_norms else "PaliGemma"
     total = sum(numbers.values())
     print(f"{kind} in {folder}")
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _size(number: float) -> str:
+def _size(number: int | float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000 or unit == "GB":
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
