@@ -1,3 +1,5 @@
+# Generated from chapters/14_generation.ipynb.
+# Edit the notebook, then run "make chapters".
 """Generation: read the prefix at once, then write token after token.
 
 Prefill fills the cache with pictures and prompts; a decode step reads
@@ -7,6 +9,7 @@ most probable token, a drawn one, or the best of several answers.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,8 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pgcore.gemma import GemmaConfig
-from pgcore.kv_cache import KVCache
+from pgcore.kv_cache import KVCache, LayerCache
 from pgcore.paligemma import PaliGemma, prefix_lm_mask
 from pgcore.rope import token_positions
 
@@ -29,7 +31,7 @@ class Decoding:
     """
 
     cache: KVCache  # keys and values of all tokens so far
-    is_token: Bool[Tensor, "B 1 1 S"]  # False is padding; slots to come: True
+    is_token: Bool[Tensor, "B 1 1 S"]  # False is padding; to come: True
     positions: Int[Tensor, "B 1"]  # of each row's next token
 
 
@@ -40,7 +42,8 @@ def prefill(
 
     batch: of ``Processor``, without suffixes. num_slots: S, for the
     prefix and all tokens to come. In two pieces the prefix could not be
-    read: its tokens read each other in both directions.
+    read: its tokens read each other in both directions. Call it under
+    torch.no_grad or inference_mode, and the steps under the same.
     Raises ValueError if the prefix is longer than num_slots.
     Source: Beyer et al. (2024), section 3.1.
 
@@ -49,13 +52,13 @@ def prefill(
     ids, is_token = batch["input_ids"], batch["attention_mask"]
     B, T = ids.shape
     if num_slots < T:
-        raise ValueError(
-            f"num_slots: expected at least {T}, the length of the prefix, "
-            f"found {num_slots}"
-        )
+        raise ValueError(f"num_slots: expected at least {T}, found {num_slots}")
     pixels = batch["pixel_values"]
-    x = model.embed(ids, model.encode_images(pixels) if len(pixels) else None)
-    cache = _new_cache(model.config.text, B, num_slots, like=x)
+    images = model.encode_images(pixels) if len(pixels) else None
+    x, text = model.embed(ids, images), model.config.text
+    heads = {"num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
+    sizes = {"depth": text.depth, "batch_size": B, "num_slots": num_slots}
+    cache = KVCache(**sizes, **heads, dtype=x.dtype, device=x.device)
     cache.reserve(T)
     positions = token_positions(is_token)
     mask = prefix_lm_mask(is_token, torch.zeros_like(is_token))
@@ -66,12 +69,6 @@ def prefill(
     is_token = F.pad(is_token, (0, num_slots - T), value=True)
     state = Decoding(cache, is_token[:, None, None], positions[:, -1:] + 1)
     return model.language.logits(hidden[:, -1]), state
-
-
-def _new_cache(text: GemmaConfig, B: int, num_slots: int, like: Tensor) -> KVCache:
-    sizes = {"depth": text.depth, "batch_size": B, "num_slots": num_slots}
-    heads = {"num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
-    return KVCache(**sizes, **heads, dtype=like.dtype, device=like.device)
 
 
 def read_token(
@@ -100,17 +97,16 @@ def decode_step(
 ) -> Float[Tensor, "B V"]:
     """Read the token just written to each row; logits of the next.
 
-    ``state`` moves on. read: ``read_token``, or what ``compiled`` made.
-    Raises ValueError when no slot is left.
+    ``state`` moves on. read: ``read_token``, or what
+    ``compiled_read_token`` gives. Raises ValueError when no slot is left.
 
     Built in chapter 14, Generation.
     """
     slot = state.cache.reserve(1)
     slots = torch.arange(state.is_token.shape[-1], device=slot.device)
     mask = state.is_token & (slots <= slot)
-    logits = read(model, tokens[:, None], state.positions, mask, state.cache)
-    state.positions = state.positions + 1
-    return logits
+    positions, state.positions = state.positions, state.positions + 1
+    return read(model, tokens[:, None], positions, mask, state.cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,28 +129,26 @@ class Sampler:
     generator: torch.Generator | None = None  # None: torch's own
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+        t, k, p = knobs = self.temperature, self.top_k, self.top_p
+        if not (0 <= t < math.inf and 0 < p <= 1 and (k is None or k >= 1)):
             raise ValueError(
-                "temperature, top_p: expected 0 or more, and above 0 to 1, "
-                f"found {self.temperature} and {self.top_p}"
+                "temperature, top_k, top_p: expected 0 or more, 1 or more "
+                f"(or None), and above 0 to 1, found {knobs}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, found {self.top_k}")
 
     def distribution(self, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         """What the token is drawn from, in float32."""
         if self.temperature == 0:
-            return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-        # The largest becomes 0 first: dividing cannot overflow upwards then.
-        scores = logits.float()
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / self.temperature
-        scores, places = scores.sort(dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            scores[:, self.top_k :] = -torch.inf
+            return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        # The largest becomes 0 first: dividing cannot overflow upwards.
+        scores = logits.float() - logits.float().amax(-1, keepdim=True)
+        scores, places = (scores / self.temperature).sort(descending=True, stable=True)
+        scores[:, self.top_k or scores.shape[-1] :] = -torch.inf
         shares = scores.softmax(dim=-1)
-        before = shares.cumsum(dim=-1) - shares  # held by more probable ones
-        shares = shares.masked_fill(before >= self.top_p, 0)
-        shares = shares / shares.sum(dim=-1, keepdim=True)
+        if self.top_p < 1:  # drop what more probable ones do not leave
+            before = F.pad(shares.cumsum(dim=-1), (1, -1))
+            shares = shares.masked_fill(before >= self.top_p, 0)
+            shares = shares / shares.sum(dim=-1, keepdim=True)
         return torch.zeros_like(shares).scatter(-1, places, shares)
 
     def __call__(self, logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
@@ -164,7 +158,6 @@ class Sampler:
         return torch.multinomial(shares, 1, generator=self.generator)[:, 0]
 
 
-@torch.inference_mode()
 def write_tokens(
     model: PaliGemma,
     batch: Mapping[str, Tensor],
@@ -182,9 +175,10 @@ def write_tokens(
     Built in chapter 14, Generation.
     """
     num_slots = batch["input_ids"].shape[1] + max_new_tokens
-    if read is not read_token:  # it is compiled anew for each number of slots
-        num_slots = math.ceil(num_slots / 128) * 128
-    logits, state = prefill(model, batch, num_slots)
+    # A step is compiled anew for each number of slots: let there be few.
+    num_slots += 0 if read is read_token else -num_slots % 128
+    with torch.inference_mode():  # not around yield: it would leak out
+        logits, state = prefill(model, batch, num_slots)
     stopped = torch.zeros_like(logits[:, 0], dtype=torch.bool)
     for left in reversed(range(max_new_tokens)):
         tokens = choose(logits).masked_fill(stopped, stop)
@@ -192,64 +186,31 @@ def write_tokens(
         stopped = stopped | (tokens == stop)
         if stopped.all() or not left:
             return
-        logits = decode_step(model, tokens, state, read)
-
-
-@cache
-def compiled_read_token() -> Callable[..., Tensor]:
-    """``read_token`` through torch.compile, in one graph.
-
-    The first call takes half a minute and more; another batch size or
-    number of slots, or another model, takes it again.
-
-    Built in chapter 14, Generation.
-    """
-    return torch.compile(read_token, fullgraph=True, backend=_matrix_vector)
-
-
-def _matrix_vector(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]):
-    """Inductor, with maps of one vector on a CPU written as sums.
-
-    oneDNN reads the weights of such a map at half the memory's speed.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
-        x, weight, *bias = (n.meta["example_value"] for n in node.all_input_nodes)
-        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not bias:
-            node.target = _map_of_one
-    graph.recompile()
-    return compile_fx(graph, inputs)
-
-
-def _map_of_one(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    products = weight.to(wide) * x.reshape(-1).to(wide)  # out D, never stored
-    return products.sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+        with torch.inference_mode():
+            logits = decode_step(model, tokens, state, read)
 
 
 class _Beams:
-    """The answers of one row that are being written, and those that ended."""
+    """The answers of one row: those being written, and those that ended."""
 
     def __init__(self, width: int, stop: int, length_penalty: float):
         self.width, self.stop, self.penalty = width, stop, length_penalty
-        self.going: list[tuple[float, list[int]]] = [(0.0, [])]  # at first one
-        self.ended: list[tuple[float, list[int]]] = []
-        self.parents: list[int] = []  # of each beam that goes on, its beam before
+        # Sums, ids, and which beam each was before; at first there is one.
+        self.going: list[tuple[float, list[int], int]] = [(0.0, [], 0)]
+        self.ended: list[tuple[float, list[int]]] = []  # scores, ids
 
     def advance(self, log_probs: Float[Tensor, "beams V"]) -> None:
-        """Write one token more to the best: twice the width, as some may end."""
-        sums = log_probs.new_tensor([total for total, _ in self.going])
+        """Write a token more to the best: twice the width, as some end."""
+        sums = log_probs.new_tensor([total for total, *_ in self.going])
         totals = log_probs[: len(sums)] + sums[:, None]
         best = totals.flatten().topk(min(2 * self.width, totals.numel()))
-        before, self.going, self.parents = self.going, [], []
-        pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        for rank, (total, place) in enumerate(pairs):
+        before, self.going = self.going, []
+        ranked = zip(*map(Tensor.tolist, best), strict=True)
+        for rank, (total, place) in enumerate(ranked):
             parent, token = divmod(place, log_probs.shape[-1])
             ids = [*before[parent][1], token]
             if token != self.stop and len(self.going) < self.width:
-                self.going.append((total, ids))
-                self.parents.append(parent)
+                self.going.append((total, ids, parent))
             elif token == self.stop and rank < self.width:
                 self.ended.append((self.score(total, ids), ids))
         self.ended = sorted(self.ended, reverse=True)[: self.width]
@@ -259,12 +220,12 @@ class _Beams:
 
     def is_done(self) -> bool:
         """True if what goes on cannot beat what ended, at this length."""
-        if len(self.ended) < self.width or not self.going:
-            return len(self.ended) >= self.width
-        return self.score(*self.going[0]) <= self.ended[-1][0]
+        beaten = (self.score(t, ids) <= self.ended[-1][0] for t, ids, _ in self.going)
+        return len(self.ended) >= self.width and all(beaten)
 
     def best(self) -> tuple[float, list[int]]:
-        return max(self.ended + [(self.score(*beam), beam[1]) for beam in self.going])
+        going = [(self.score(t, ids), ids) for t, ids, _ in self.going]
+        return max(self.ended + going)
 
 
 @torch.inference_mode()
@@ -291,41 +252,32 @@ def beam_search(
     B, T = batch["input_ids"].shape
     logits, state = prefill(model, batch, T + max_new_tokens)
     rows = [_Beams(num_beams, stop, length_penalty) for _ in range(B)]
-    state = _repeated(state, model.config.text, num_beams)
-    logits = logits.repeat_interleave(num_beams, dim=0)
+    copies = torch.arange(B * num_beams, device=logits.device) // num_beams
+    logits, state = logits[copies], _select(state, copies)
     for left in reversed(range(max_new_tokens)):
-        log_probs = logits.float().log_softmax(dim=-1).unflatten(0, (B, num_beams))
+        table = logits.float().log_softmax(dim=-1).split(num_beams)
         order, tokens = [], []
-        for number, row in enumerate(rows):
+        for row, log_probs in zip(rows, table, strict=True):
             if not row.is_done():
-                row.advance(log_probs[number])
+                row.advance(log_probs)
             idle = num_beams - len(row.going)  # what they read, nobody uses
-            parents = [*row.parents, *[0] * idle]
-            order += [number * num_beams + parent for parent in parents]
-            tokens += [ids[-1] for _, ids in row.going] + [stop] * idle
+            places = [was for *_, was in row.going] + [0] * idle
+            order += [len(order) + place for place in places]
+            tokens += [ids[-1] for _, ids, _ in row.going] + [stop] * idle
         if not left or all(row.is_done() for row in rows):
             break
-        _reorder(state.cache, torch.tensor(order, device=logits.device))
-        logits = decode_step(model, torch.tensor(tokens, device=logits.device), state)
+        order, tokens = torch.tensor([order, tokens], device=logits.device)
+        logits = decode_step(model, tokens, state := _select(state, order))
     return [row.best() for row in rows]
 
 
-def _repeated(state: Decoding, text: GemmaConfig, times: int) -> Decoding:
-    """The same state for several rows in the place of each."""
-    old, B = state.cache, len(state.positions)
-    num_slots = state.is_token.shape[-1]
-    new = _new_cache(text, B * times, num_slots, like=old.keys)
-    new.reserve(old.num_tokens)
-    new.keys.copy_(old.keys.repeat_interleave(times, dim=1))
-    new.values.copy_(old.values.repeat_interleave(times, dim=1))
-    rows = state.is_token, state.positions
-    return Decoding(new, *(x.repeat_interleave(times, dim=0) for x in rows))
-
-
-def _reorder(cache: KVCache, order: Int[Tensor, " B"]) -> None:
-    """Row i gets what row order[i] has read; in place, layers hold views."""
-    cache.keys.copy_(cache.keys.index_select(1, order))
-    cache.values.copy_(cache.values.index_select(1, order))
+def _select(state: Decoding, rows: Int[Tensor, " rows"]) -> Decoding:
+    """A state whose row i is what row rows[i] was."""
+    cache = copy(state.cache)
+    cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
+    views = zip(cache.keys, cache.values, strict=True)
+    cache.layers = [LayerCache(k, v) for k, v in views]
+    return Decoding(cache, state.is_token[rows], state.positions[rows])
 
 
 class TextStream:
@@ -344,12 +296,53 @@ class TextStream:
         """The text that this token completes, often one word."""
         self.ids.append(token)
         text = self.decode(self.ids)
-        return "" if text.endswith("\ufffd") else self._out(text)
+        return "" if text.endswith("\ufffd") else self.end()
 
     def end(self) -> str:
         """What was held back."""
-        return self._out(self.decode(self.ids))
+        before, self.text = self.text, self.decode(self.ids)
+        return self.text[len(before) :]
 
-    def _out(self, text: str) -> str:
-        piece, self.text = text[len(self.text) :], text
-        return piece
+
+@cache
+def compiled_read_token() -> Callable[..., Tensor]:
+    """``read_token`` through torch.compile, in one graph.
+
+    The first call takes half a minute and more; another batch size or
+    number of slots, or another model, takes it again.
+
+    Built in chapter 14, Generation.
+    """
+    return torch.compile(read_token, fullgraph=True, backend=_matrix_vector)
+
+
+def _matrix_vector(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]):
+    """Inductor, with maps of one vector on a CPU written as sums.
+
+    oneDNN reads the weights of such a map at half the memory's speed.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
+        x, weight, *bias = (n.meta["example_value"] for n in node.all_input_nodes)
+        if x.device.type == "cpu" and x.numel() == x.shape[-1] and not bias:
+            node.target = _map_of_one
+    graph.recompile()
+    return torch._inductor.compile(graph, list(inputs))
+
+
+def _map_of_one(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    products = weight.to(wide) * x.reshape(-1).to(wide)  # never stored
+    return products.sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+__all__ = [
+    "Decoding",
+    "Sampler",
+    "TextStream",
+    "beam_search",
+    "compiled_read_token",
+    "decode_step",
+    "prefill",
+    "read_token",
+    "write_tokens",
+]

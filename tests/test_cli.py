@@ -88,6 +88,7 @@ def test_one_picture_gives_the_answer_and_nothing_else(ask, checkpoint, pictures
 def test_several_pictures_give_a_line_each_in_their_order(ask, checkpoint, pictures):
     code, out, err = ask(*pictures, PROMPT, "--batch", "2")
     answers = expected(checkpoint, pictures)
+    answers = [" ".join(answer.splitlines()) for answer in answers]
     lines = [f"{p}: {a}\n" for p, a in zip(pictures, answers, strict=True)]
     assert code == 0 and out == "".join(lines)
     assert "picture 2 of 3" in err and "picture 3 of 3" in err

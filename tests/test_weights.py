@@ -661,7 +661,8 @@ def test_a_broken_file_or_configuration_is_named(written):
     config = read_json(folder / "config.json")
     config["text_config"]["head_dim"] = -1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json: text_config: head_dim: expected .* found -1"):
+    message = "config.json: text_config: head_dim: expected .* found -1"
+    with pytest.raises(ValueError, match=message):
         load_model(folder)
 
 

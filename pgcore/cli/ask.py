@@ -132,4 +132,6 @@ def _line(picture: str, answer: Any, options: argparse.Namespace) -> str:
         text += (
             f"  (a token's probability: {mean:.2f} on average, {lowest:.2f} at least)"
         )
-    return text if len(options.pictures) == 1 else f"{picture}: {text}"
+    if len(options.pictures) == 1:
+        return text
+    return f"{picture}: {' '.join(text.splitlines())}"  # a line a picture
