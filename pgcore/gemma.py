@@ -63,7 +63,9 @@ class GemmaConfig:
                 f"{self.num_heads}, found {self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: expected even, found {self.head_dim}")
+            raise ValueError(
+                f"head_dim: expected an even number, found {self.head_dim}"
+            )
 
 
 # fmt: off

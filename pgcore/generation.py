@@ -113,8 +113,8 @@ def decode_step(
 class Sampler:
     """Logits in, the next token of each row out.
 
-    First the temperature; then all but the top_k most probable tokens go;
-    of these all but the fewest that hold a share of top_p, one at least.
+    First the temperature. Then only the top_k most probable stay, and
+    of these only the fewest that hold a share of top_p, one at least.
     Temperature 0, as it is at first, takes the most probable token.
     Raises ValueError unless temperature is 0 or more, top_k at least 1,
     top_p above 0 and at most 1.

@@ -124,7 +124,7 @@ def _text_config(text: Mapping[str, Any]) -> GemmaConfig:
     sizes["query_scale"] = None if scalar == sizes["head_dim"] else scalar**-0.5
     for ours, (name, default) in _CAPS.items():
         if text.get(name, default) is not None:
-            sizes[ours] = _number(text, name, default)
+            sizes[ours] = float(_number(text, name, default))
     if text.get("sliding_window", _WINDOW) is not None:
         sizes["window"] = _whole(text, "sliding_window", _WINDOW, 1, _TOKENS)
     return GemmaConfig(**sizes, post_norms=True)

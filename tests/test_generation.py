@@ -427,9 +427,9 @@ def test_tokens_come_while_they_are_written_and_the_caller_may_leave():
 
 
 # Sixteenths: no two so close that float32 takes them for one.
-logit_rows = st.lists(
-    st.integers(-192, 192), min_size=2, max_size=12, unique=True
-).map(lambda row: torch.tensor([row], dtype=torch.float32) / 16)
+logit_rows = st.lists(st.integers(-192, 192), min_size=2, max_size=12, unique=True).map(
+    lambda row: torch.tensor([row], dtype=torch.float32) / 16
+)
 
 
 @given(logit_rows, st.floats(0.2, 5), st.integers(1, 12), st.floats(0.05, 1))

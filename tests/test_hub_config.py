@@ -386,7 +386,9 @@ def test_patches_and_head_dims_that_do_not_fit():
     refuse(
         edited("vision_config.image_size", 15), "vision_config: image_size: expected"
     )
-    refuse(edited("text_config.head_dim", 11), "text_config: head_dim: expected even")
+    refuse(
+        edited("text_config.head_dim", 11), "text_config: head_dim: expected an even"
+    )
 
 
 json_values = st.recursive(

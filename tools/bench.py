@@ -59,7 +59,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             report = measure(Path(folder))
         RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    write_page(json.loads(RESULT.read_text()))
+    PAGE.write_text(page_of(json.loads(RESULT.read_text())), encoding="utf8")
     return 0
 
 
@@ -405,17 +405,16 @@ weights at the speed of memory ([chapter 14](../chapters/14_generation.ipynb)).
 """
 
 
-def write_page(report: dict) -> None:
+def page_of(report: dict) -> str:
     limits, machine = report["limits"], report["machine"]
     rates = " and ".join(f"{limits[d] / 1e9:.0f} GFLOP/s in {d}" for d in DTYPES)
-    page = TEXT_OF_PAGE.format(
+    return TEXT_OF_PAGE.format(
         table="\n".join(table(report)),
         gemm=rates,
         bytes=f"{limits['bytes'] / 1e9:.0f} GB/s",
         prefix=report["prefix"],
         **machine,
     )
-    PAGE.write_text(page, encoding="utf8")
 
 
 def table(report: dict) -> list[str]:

@@ -118,6 +118,7 @@ def language(V: int, seed: int, stop_bias: float, spread: float = 4.0) -> Langua
 
 
 def mean_of(next_log_probs: Language, ids: Sequence[int]) -> float:
+    """The mean log-probability of a text's tokens."""
     parts = [float(next_log_probs(ids[:i])[ids[i]]) for i in range(len(ids))]
     return sum(parts) / len(parts)
 
