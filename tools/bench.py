@@ -32,8 +32,8 @@ RESULT, PAGE = ROOT / "book" / "performance.json", ROOT / "book" / "performance.
 DTYPES = ("bfloat16", "float32")
 BATCHES = (1, 4)
 PROMPT = "caption en with eight tokens"
-ROUNDS, STEPS, SPARE = 15, 12, 128  # SPARE: slots beyond the prefix
-LOADS = 5
+ROUNDS, STEPS, SPARE = 11, 12, 128  # SPARE: slots beyond the prefix
+LOADS = 3
 VISION = {
     "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 2048,
     "num_attention_heads": 8, "image_size": 224, "patch_size": 14,
