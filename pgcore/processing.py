@@ -80,10 +80,15 @@ def to_pixels(image: Image.Image, size: int) -> Float[Tensor, "C R R"]:
     return colours.div(255).sub(0.5).div(0.5)
 
 
-PAD, EOS, BOS, UNKNOWN = CONTROL_TOKENS = "<pad>", "<eos>", "<bos>", "<unk>"
+PAD = "<pad>"  # fills up
+EOS = "<eos>"  # ends an answer
+BOS = "<bos>"  # begins the prompt
+UNKNOWN = "<unk>"
+CONTROL_TOKENS = PAD, EOS, BOS, UNKNOWN
 LOC_TOKENS = tuple(f"<loc{i:04d}>" for i in range(1024))  # for boxes
 SEG_TOKENS = tuple(f"<seg{i:03d}>" for i in range(128))  # for masks
-IMAGE, IGNORE = "<image>", -100  # a patch's place; a label that is none
+IMAGE = "<image>"  # the place of a patch
+IGNORE = -100  # a label that is none
 
 # Places and shapes, single digits, letters or signs with the space before
 # them, more spaces, ends of lines.
@@ -342,10 +347,16 @@ def load_processor(folder: str | Path) -> Processor:
 
 
 __all__ = [
+    "BOS",
     "CONTROL_TOKENS",
+    "EOS",
+    "IGNORE",
+    "IMAGE",
     "LOC_TOKENS",
+    "PAD",
     "Processor",
     "SEG_TOKENS",
+    "UNKNOWN",
     "from_sentencepiece",
     "load_processor",
     "load_tokenizer",

@@ -124,6 +124,7 @@ def mean_of(next_log_probs: Language, ids: Sequence[int]) -> float:
 
 
 def every_answer(V: int, length: int) -> list[list[int]]:
+    """All answers of at most so many tokens that end, and all that are cut."""
     others = [token for token in range(V) if token != STOP]
     answers = [list(ids) for ids in itertools.product(others, repeat=length)]
     for n in range(length):
