@@ -389,8 +389,8 @@ imports and ends with a token; *memory* is the most that it took above the impor
 *Times* says how many times as fast as transformers: above 1 is faster; for memory, how
 many times as little. *Of the limit* is the share of the machine's own speed: for
 prefill, of the rate of a large matrix product ({gemm}); for a step with one row, of the
-rate at which memory can be read ({bytes}), as each step reads all weights of the
-decoder once.
+rate at which torch sums up a large tensor ({bytes}), as each step reads all weights of
+the decoder once. A compiled loop may read a little faster than that sum.
 
 Measured on {processor}, {cores} cores, with torch {torch} and transformers
 {transformers}, {date}. The machine is a shared one: times move by half, ratios by a
@@ -450,7 +450,8 @@ def load_lines(row: dict) -> list[str]:
 def speed_lines(what: str, row: dict, limits: dict) -> list[str]:
     seconds, batch, dtype = row["seconds"][what], row["batch"], row["dtype"]
     theirs, lines = seconds["transformers"], []
-    for name in [name for name in seconds if name != "transformers"]:
+    names = ["pgcore", "pgcore compiled"] if what == "step" else ["pgcore"]
+    for name in names:
         ours, limit = seconds[name], ""
         if what == "prefill":
             limit = f"{row['prefill flops'] / limits[dtype] / ours:.0%}"
