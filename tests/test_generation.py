@@ -203,6 +203,21 @@ def test_beam_search_equals_hugging_face(text, penalty, ending, oracle):
         assert set(theirs[len(ours) :]) <= {0, stop}  # it fills up with either
 
 
+@BOTH
+@pytest.mark.parametrize(("num_beams", "penalty"), [(2, 1.0), (3, 0.3), (4, 1.5)])
+def test_every_rule_of_the_search_is_hugging_faces(text, num_beams, penalty, oracle):
+    """Ends that come early or late, alone or several: who may end, and when."""
+    free, _ = written(model_of(text), ragged(), 10, stop=-1)
+    options = {"num_beams": num_beams, "max_new_tokens": 10, "length_penalty": penalty}
+    for stop in free.unique().tolist()[::3]:
+        ids = {"eos_token_id": stop, "pad_token_id": stop}
+        expected = oracle(text, ragged(), **options, **ids)
+        found = beam_search(model_of(text), ragged(), stop=stop, **options)
+        for (_, ours), theirs in zip(found, expected.tolist(), strict=True):
+            assert ours == theirs[: len(ours)]
+            assert set(theirs[len(ours) :]) <= {stop}
+
+
 # whole forwards
 
 
@@ -456,6 +471,13 @@ def assert_smallest_nucleus(kind, logits, top_p):
 @given(logit_rows, st.floats(0.05, 0.999))
 def test_the_nucleus_is_the_smallest_set_that_holds_top_p(logits, top_p):
     assert_smallest_nucleus(Sampler, logits, top_p)
+
+
+def test_a_nucleus_that_holds_top_p_exactly_is_enough():
+    equal = torch.zeros(1, 4)  # shares of a quarter, without rounding
+    for top_p, number in ((0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)):
+        shares = Sampler(temperature=1.0, top_p=top_p).distribution(equal)
+        assert (shares > 0).sum() == number
 
 
 @pytest.mark.parametrize(
@@ -806,6 +828,21 @@ def test_the_compiled_step_is_one_graph_of_rewritten_maps(as_user, cpp_compiler)
     assert rewritten == [7 * 2 + 1]
     torch.compiler.reset()
     compiled_read_token.cache_clear()
+
+
+def test_another_reader_gets_slots_by_the_128(as_user):
+    """A compiled step fits all answers up to there: few programs are made."""
+    widths = set()
+
+    def read(model, tokens, positions, mask, cache):
+        widths.add(mask.shape[-1])
+        return read_token(model, tokens, positions, mask, cache)
+
+    for number in (2, 9, 60):
+        found, _ = written(model_of(GEMMA2), ragged(), number, stop=-1, read=read)
+        expected, _ = written(model_of(GEMMA2), ragged(), number, stop=-1)
+        assert torch.equal(found, expected)
+    assert widths == {128}
 
 
 def test_two_vectors_stay_maps(as_user):
