@@ -19,14 +19,13 @@ from pgcore.generation import (
     read_token,
     write_tokens,
 )
-from pgcore.paligemma import PaliGemma
+from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import EOS, Processor, load_processor
-from pgcore.weights import load_model
+from pgcore.weights import load_weights, read_checkpoint
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]  # nothing else comes
-_PICKLES = ".bin", ".pt", ".pth", ".ckpt", ".pkl"
 
 
 def load(
@@ -51,11 +50,10 @@ def load(
     """
     wanted, chosen = choose_dtype(dtype), choose_device(device)
     folder = find_checkpoint(source)
-    _require_readable_weights(folder)
+    checkpoint = read_checkpoint(folder)
     processor = load_processor(folder)
-    model = load_model(folder, device=chosen, dtype=wanted)
-    require_fit(model, processor, folder)
-    return model, processor
+    require_fit(checkpoint.config, processor, folder)
+    return load_weights(checkpoint, device=chosen, dtype=wanted), processor
 
 
 def choose_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -145,31 +143,14 @@ def _first_line(error: Exception) -> str:
     return one_line(lines[0])
 
 
-def _require_readable_weights(folder: Path) -> None:
-    """Say what to do with weights that are there, but not as safetensors."""
-    names = sorted(path.name for path in folder.iterdir())
-    if any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
-    ):
-        return
-    for name in names:
-        if name.endswith((*_PICKLES, ".npz")):
-            advice = "such a file may run code when it is read: save it as safetensors"
-            if name.endswith(".npz"):
-                advice = "read it with pgcore.big_vision.load_npz"
-            raise FileNotFoundError(
-                f"{folder}: expected model.safetensors, found only {name}; {advice}"
-            )
-
-
-def require_fit(model: PaliGemma, processor: Processor, where: Path) -> None:
-    """Raise ValueError unless the processor makes what the model reads."""
-    vision, rows = model.config.vision, model.config.text.vocab_size
+def require_fit(config: PaliGemmaConfig, processor: Processor, where: Path) -> None:
+    """Raise ValueError unless the processor makes what such a model reads."""
+    vision, rows = config.vision, config.text.vocab_size
     image_token = processor.id_of("<image>")
     for name, found, expected in (
         ("image size", processor.image_size, vision.image_size),
         ("image tokens", processor.num_image_tokens, vision.num_patches),
-        ("id of <image>", image_token, model.config.image_token),
+        ("id of <image>", image_token, config.image_token),
     ):
         if found != expected:
             raise ValueError(

@@ -57,15 +57,12 @@ class GemmaConfig:
             value = getattr(self, field.name)
             if not (field.default is None if value is None else value > 0):
                 raise ValueError(f"{field.name}: expected above 0, found {value}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "num_kv_heads: expected a divisor of num_heads "
-                f"{self.num_heads}, found {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number, found {self.head_dim}"
-            )
+        N, K, H = self.num_heads, self.num_kv_heads, self.head_dim
+        if N % K:
+            why = f"expected a divisor of num_heads {N}, found {K}"
+            raise ValueError(f"num_kv_heads: {why}")
+        if H % 2:
+            raise ValueError(f"head_dim: expected an even number, found {H}")
 
 
 # fmt: off

@@ -53,20 +53,19 @@ def prefill(
     B, T = ids.shape
     if num_slots < T:
         raise ValueError(f"num_slots: expected at least {T}, found {num_slots}")
-    pixels = batch["pixel_values"]
-    images = model.encode_images(pixels) if len(pixels) else None
+    images = model.encode_images(batch["pixel_values"])
     x, text = model.embed(ids, images), model.config.text
     heads = {"num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
     sizes = {"depth": text.depth, "batch_size": B, "num_slots": num_slots}
     cache = KVCache(**sizes, **heads, dtype=x.dtype, device=x.device)
     cache.reserve(T)
     positions = token_positions(is_token)
-    mask = prefix_lm_mask(is_token, torch.zeros_like(is_token))
-    mask = F.pad(mask, (0, num_slots - T))  # nothing is written there yet
+    room = 0, num_slots - T  # nothing is written there yet
+    mask = F.pad(prefix_lm_mask(is_token, is_token & False), room)
     hidden = model.language(
         x, positions=positions, mask=mask, cache=cache, last_only=True
     )
-    is_token = F.pad(is_token, (0, num_slots - T), value=True)
+    is_token = F.pad(is_token, room, value=True)
     state = Decoding(cache, is_token[:, None, None], positions[:, -1:] + 1)
     return model.language.logits(hidden[:, -1]), state
 
@@ -224,8 +223,7 @@ class _Beams:
         return len(self.ended) >= self.width and all(beaten)
 
     def best(self) -> tuple[float, list[int]]:
-        going = [(self.score(t, ids), ids) for t, ids, _ in self.going]
-        return max(self.ended + going)
+        return max(self.ended + [(self.score(t, ids), ids) for t, ids, _ in self.going])
 
 
 @torch.inference_mode()
@@ -275,8 +273,7 @@ def _select(state: Decoding, rows: Int[Tensor, " rows"]) -> Decoding:
     """A state whose row i is what row rows[i] was."""
     cache = copy(state.cache)
     cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-    views = zip(cache.keys, cache.values, strict=True)
-    cache.layers = [LayerCache(k, v) for k, v in views]
+    cache.layers = list(map(LayerCache, cache.keys, cache.values))
     return Decoding(cache, state.is_token[rows], state.positions[rows])
 
 

@@ -276,8 +276,7 @@ class PaliGemma(nn.Module):
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if suffix_mask is None:
             suffix_mask = torch.zeros_like(attention_mask)
-        seen = len(pixel_values) > 0
-        image_tokens = self.encode_images(pixel_values) if seen else None
+        image_tokens = self.encode_images(pixel_values)
         hidden = self.language(
             self.embed(input_ids, image_tokens),
             positions=token_positions(attention_mask),

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from PIL import Image, ImageOps
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from torch import Tensor
 
-from pgcore.files import one_line, read_json, require_file, shown, written_whole
+from pgcore.files import one_line, require_file, written_whole
+from pgcore.hub_settings import read_settings, settings_files
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -196,20 +196,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return found
 
 
-# What to_pixels does, in the words of preprocessor_config.json. In it, 3
-# is bicubic.
-# fmt: off
-_SETTINGS = {
-    "do_convert_rgb": True, "do_resize": True, "resample": 3,
-    "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-}
-# fmt: on
-_OWNER = {"processor_class": "PaliGemmaProcessor"}
-_LIBRARY = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-_NAMES = {f"{t[1:-1]}_token": t for t in CONTROL_TOKENS} | _LIBRARY
-
-
 @dataclass(frozen=True)
 class Processor:
     """Pictures and prompts in, the tensors of a batch out.
@@ -284,14 +270,8 @@ class Processor:
 
     def save(self, folder: Path) -> None:
         """Write the files that ``load_processor`` and transformers read."""
-        settings = _SETTINGS | {
-            "size": {"height": self.image_size, "width": self.image_size},
-            "image_seq_length": self.num_image_tokens,
-            "image_processor_type": "SiglipImageProcessor",
-        }
-        texts = {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
-        for name, found in (("preprocessor", settings), ("tokenizer", _NAMES)):
-            texts[f"{name}_config.json"] = json.dumps(found | _OWNER, indent=2)
+        texts = settings_files(self.image_size, self.num_image_tokens, CONTROL_TOKENS)
+        texts["tokenizer.json"] = self.tokenizer.to_str(pretty=True)
         for name, text in texts.items():
             with written_whole(folder / name) as path:
                 path.write_text(text + "\n", encoding="utf8")
@@ -324,26 +304,12 @@ def load_processor(folder: str | Path) -> Processor:
     Built in chapter 11, Pixels and tokens.
     """
     folder = Path(folder)
-    old = folder / "preprocessor_config.json"
-    path = old if old.is_file() else folder / "processor_config.json"
-    settings = read_json(path)
-    settings = settings.get("image_processor", settings)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: image_processor: expected an object")
-    for name, expected in _SETTINGS.items():
-        if (found := settings.get(name, expected)) != expected:
-            raise ValueError(
-                f"{path}: {name}: expected {expected}, found {shown(found)}"
-            )
-    side, length = settings.get("size"), settings.get("image_seq_length")
-    if isinstance(side, dict) and side.get("height") == side.get("width"):
-        side = side.get("height")
-    for name, found in ("size", side), ("image_seq_length", length):
-        if type(found) is not int or not 1 <= found <= 10_000:
-            raise ValueError(
-                f"{path}: {name}: expected 1 to 10000, found {shown(found)}"
-            )
-    return Processor(load_tokenizer(folder), cast(int, side), cast(int, length))
+    image_size, num_image_tokens = read_settings(folder)
+    tokenizer = load_tokenizer(folder)
+    try:
+        return Processor(tokenizer, image_size, num_image_tokens)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 __all__ = [

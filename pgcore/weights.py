@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pgcore.files import folder_written_whole, one_line, read_json, require_file
 from pgcore.hub_config import config_from_json, config_to_json
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import BOS, EOS, PAD, Processor
+from pgcore.shards import save_shards, weight_files
 
 # How a name begins here, and in the files on the hub.
 _TOWER = "vision_tower.vision_model."
@@ -141,30 +141,6 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16,
 # fmt: on
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The one file, or those that the index names, if there is one."""
-    whole = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickles = [] if whole.is_file() else sorted(folder.glob("*.bin"))
-        if pickles:
-            raise FileNotFoundError(
-                f"{whole}: no such file; {pickles[0].name} is a pickle, "
-                "which could run code, and is not read"
-            )
-        return [whole]
-    if whole.is_file():
-        raise ValueError(
-            f"{index}: expected either an index or {whole.name}, found "
-            "both; remove the one that is older"
-        )
-    where = read_json(index).get("weight_map")
-    names: list = [*where.values()] if isinstance(where, dict) else [0]
-    if any(type(n) is not str or Path(n).name != n for n in names):
-        raise ValueError(f"{index}: weight_map: expected file names in this folder")
-    return [folder / name for name in sorted(set(names))]
-
-
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the weight files hold, by the hub's names; not read yet.
 
@@ -174,7 +150,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Built in chapter 13, Real weights.
     """
     stored: dict[str, Stored] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         require_file(path)
         try:
             with safe_open(path, "pt") as file:
@@ -232,18 +208,17 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
-def load_model(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+def load_weights(
+    checkpoint: Checkpoint, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> PaliGemma:
-    """Load a checkpoint in Hugging Face's format, in evaluation mode.
+    """Read the tensors of a checkpoint into a model, in evaluation mode.
 
     dtype None: that of the files, float32 if they have several. On a CPU
     in that dtype nothing is copied: the weights are pages of the files.
-    Raises as ``read_checkpoint``.
 
     Built in chapter 13, Real weights.
     """
-    config, stored = read_checkpoint(folder)
+    config, stored = checkpoint
     kinds = {tensor.dtype for tensor in stored.values()}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     # The largest first: while it is cast, nothing else is held.
@@ -252,6 +227,16 @@ def load_model(
     model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def load_model(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> PaliGemma:
+    """``load_weights`` of what ``read_checkpoint`` finds in a folder.
+
+    Built in chapter 13, Real weights.
+    """
+    return load_weights(read_checkpoint(folder), device=device, dtype=dtype)
 
 
 def _require_tied(head: Stored, table: Stored) -> None:
@@ -303,37 +288,11 @@ def save_pretrained(
     ids = {name: processor.id_of(token) for name, token in _IDS.items()}
     config = config_to_json(model.config, dtype) | ids
     with folder_written_whole(folder) as partial:
-        _save_shards(weights, partial, max_shard_bytes)
+        save_shards(weights, partial, max_shard_bytes)
         processor.save(partial)
         for name, content in ("config", config), ("generation_config", ids):
             text = json.dumps(content, indent=2) + "\n"
             (partial / f"{name}.json").write_text(text)
-
-
-def _save_shards(
-    weights: Mapping[str, Tensor], folder: Path, max_shard_bytes: int
-) -> None:
-    """One file, or several and the index that says which holds what."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, weight in weights.items():
-        if weight.nbytes > room and shards[-1]:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = weight
-        room -= weight.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
-        return
-    where = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(shard, file)
-    total = sum(weight.nbytes for weight in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 __all__ = [
@@ -343,6 +302,7 @@ __all__ = [
     "hub_name",
     "hugging_face_name",
     "load_model",
+    "load_weights",
     "read_checkpoint",
     "require_same",
     "save_pretrained",

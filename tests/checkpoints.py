@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from pgcore.gemma import GemmaConfig
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import Processor, train_tokenizer
 from pgcore.vision import VisionConfig
 from pgcore.weights import save_pretrained
+from tests import draws
 from tests.draws import fan_in
 
 # No two sizes equal by chance; head_dim is not width / num_heads = 8.
@@ -24,23 +24,8 @@ VISION = VisionConfig(
     patch_size=7,
     image_size=14,
 )
-GEMMA1 = GemmaConfig(
-    width=32,
-    depth=2,
-    mlp_dim=56,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    vocab_size=1500,
-)
-GEMMA2 = replace(
-    GEMMA1,
-    query_scale=20**-0.5,
-    attention_softcap=2.0,
-    final_softcap=3.0,
-    window=5,
-    post_norms=True,
-)
+_SIZES = {"width": 32, "depth": 2, "mlp_dim": 56, "vocab_size": 1500}
+GEMMA1, GEMMA2 = (replace(g, **_SIZES) for g in (draws.GEMMA1, draws.GEMMA2))
 TEXTS = ["caption en a cat and two red apples", "how many cats\n"] * 10
 
 

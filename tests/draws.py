@@ -1,6 +1,39 @@
 """What several tests draw, and how they compare."""
 
+from dataclasses import replace
+
 import torch
+
+from pgcore.gemma import GemmaConfig
+from pgcore.vision import VisionConfig
+
+# No two sizes equal by chance; head_dim is not width / num_heads = 10.
+GEMMA1 = GemmaConfig(
+    width=40,
+    depth=4,
+    mlp_dim=72,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    vocab_size=97,
+)
+GEMMA2 = replace(
+    GEMMA1,
+    query_scale=20**-0.5,
+    attention_softcap=2.0,
+    final_softcap=3.0,
+    window=5,
+    post_norms=True,
+)
+VISION = VisionConfig(
+    width=24,
+    depth=2,
+    mlp_dim=40,
+    num_heads=2,
+    head_dim=12,
+    patch_size=14,
+    image_size=28,
+)
 
 
 def name_of(value):

@@ -24,7 +24,6 @@ from pgcore.api import (
 )
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import Processor
-from pgcore.weights import empty_model
 from tests.checkpoints import (
     GEMMA1,
     GEMMA2,
@@ -349,15 +348,15 @@ def test_a_processor_that_does_not_fit_the_model(tmp_path):
     right = tiny_processor()
     image_token = right.id_of("<image>")
     for text in (GEMMA1, GEMMA2):
-        require_fit(empty_model(tiny_config(text)), right, tmp_path)
+        require_fit(tiny_config(text), right, tmp_path)
     for processor, config, words in (
         (replace(right, image_size=28), {}, "image size: the processor has 28, the"),
         (replace(right, num_image_tokens=5), {}, "image tokens: the processor has 5"),
         (right, {"image_token": 7}, f"id of <image>: the processor has {image_token}"),
         (right, {"text": replace(GEMMA2, vocab_size=1400)}, "ids up to 1451"),
     ):
-        model = empty_model(replace(tiny_config(), **config))
-        message = refused(ValueError, require_fit, model, processor, tmp_path)
+        config = replace(tiny_config(), **config)
+        message = refused(ValueError, require_fit, config, processor, tmp_path)
         assert words in message and str(tmp_path) in message
 
 
@@ -366,9 +365,9 @@ def test_only_the_image_token_may_lie_outside_of_the_table(tmp_path):
     image_token = tiny_processor().id_of("<image>")
     for rows in (image_token, image_token + 1, image_token + 64):
         config = replace(tiny_config(), text=replace(GEMMA2, vocab_size=rows))
-        require_fit(empty_model(config), tiny_processor(), tmp_path)
+        require_fit(config, tiny_processor(), tmp_path)
     config = replace(tiny_config(), text=replace(GEMMA2, vocab_size=image_token - 1))
-    refused(ValueError, require_fit, empty_model(config), tiny_processor(), tmp_path)
+    refused(ValueError, require_fit, config, tiny_processor(), tmp_path)
 
 
 def test_a_tokenizer_that_leaves_numbers_out(written, tmp_path):

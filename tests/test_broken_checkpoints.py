@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import pgcore
-from pgcore import weights
+from pgcore import shards
 from pgcore.weights import load_model, save_pretrained
 from tests.checkpoints import (
     GEMMA1,
@@ -638,9 +638,6 @@ def test_saving_a_model_over_the_files_it_was_loaded_from(copy):
 # Ctrl-C
 
 
-STEPS = "weights.save_file", "Path.write_text", "os.replace", "Tokenizer.save"
-
-
 def stop_at(patch, number, stop):
     """The n-th write stops half way through."""
     from pgcore.processing import Processor
@@ -660,9 +657,9 @@ def stop_at(patch, number, stop):
 
     half = b'{"half'
     patch.setattr(
-        weights,
+        shards,
         "save_file",
-        watched(weights.save_file, lambda _, path, *rest: path.write_bytes(half)),
+        watched(shards.save_file, lambda _, path, *rest: path.write_bytes(half)),
     )
     patch.setattr(
         Path,

@@ -8,44 +8,17 @@ import sys
 import pytest
 from PIL import Image
 
-from pgcore import Processor, generate, load
+from pgcore import generate, load
 from pgcore.cli import main
-from pgcore.gemma import GemmaConfig
-from pgcore.paligemma import PaliGemma, PaliGemmaConfig
-from pgcore.processing import train_tokenizer
-from pgcore.vision import VisionConfig
-from pgcore.weights import save_pretrained
-from tests.draws import fan_in
+from tests.checkpoints import GEMMA1, write_checkpoint
 
 PROMPT = "caption en"
-VISION = VisionConfig(
-    width=24,
-    depth=2,
-    mlp_dim=40,
-    num_heads=2,
-    head_dim=12,
-    patch_size=14,
-    image_size=28,
-)
-TEXT = GemmaConfig(
-    width=32,
-    depth=2,
-    mlp_dim=64,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    vocab_size=1600,
-)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    tokenizer = train_tokenizer(["caption en a cat and two red apples"] * 9, 300)
-    image_token = tokenizer.token_to_id("<image>")
-    config = PaliGemmaConfig(vision=VISION, text=TEXT, image_token=image_token)
-    model = fan_in(PaliGemma(config), seed=2)  # a talkative one
-    save_pretrained(model, Processor(tokenizer, 28, 4), folder)
+    write_checkpoint(folder, GEMMA1, seed=2)  # a talkative one
     return folder
 
 
@@ -158,7 +131,7 @@ def test_info_counts_without_loading(checkpoint, capsys):
     out = capsys.readouterr().out
     model, _ = load(checkpoint)
     total = sum(p.numel() for p in model.parameters())
-    assert f"{total:,}" in out and "28 x 28, 4 tokens" in out
+    assert f"{total:,}" in out and "14 x 14, 4 tokens" in out
     assert "float32" in out and "PaliGemma in" in out
 
 

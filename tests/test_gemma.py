@@ -31,27 +31,9 @@ from pgcore.kv_cache import KVCache
 from pgcore.lab.museum import gemma as museum
 from pgcore.lab.verses import load_verses
 from pgcore.rope import token_positions
-from tests.draws import draw_heads, draw_mask, fan_in
+from tests.draws import GEMMA1, GEMMA2, draw_heads, draw_mask, fan_in
 from tests.reference.gemma import reference_attend_softcapped, reference_gemma
 
-# No two sizes equal by chance; head_dim is not width / num_heads = 10.
-GEMMA1 = GemmaConfig(
-    width=40,
-    depth=4,
-    mlp_dim=72,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    vocab_size=97,
-)
-GEMMA2 = replace(
-    GEMMA1,
-    query_scale=20**-0.5,
-    attention_softcap=2.0,
-    final_softcap=3.0,
-    window=5,
-    post_norms=True,
-)
 BOTH = pytest.mark.parametrize("config", [GEMMA1, GEMMA2], ids=["gemma1", "gemma2"])
 EVERY_TWIN = pytest.mark.parametrize("twin", museum.TWINS, ids=lambda t: t.__name__)
 PRESETS = {

@@ -15,7 +15,6 @@ from PIL import Image
 from scipy import stats
 
 import pgcore.generation as module
-from pgcore.gemma import GemmaConfig
 from pgcore.generation import (
     Sampler,
     TextStream,
@@ -30,8 +29,8 @@ from pgcore.generation import (
 from pgcore.lab.museum import generation as museum
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import EOS, Processor, train_tokenizer
-from pgcore.vision import VisionConfig
-from tests.draws import fan_in, name_of
+from tests import draws
+from tests.draws import VISION, fan_in, name_of
 from tests.reference.generation import (
     greedy_logits,
     next_logits,
@@ -42,23 +41,8 @@ from tests.reference.generation import (
 TOLERANCE = 5e-6
 GREEDY = Sampler()
 PROMPTS = ["caption en", "a", "how many cats and apples"]
-GEMMA1 = GemmaConfig(
-    width=40,
-    depth=2,
-    mlp_dim=72,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    vocab_size=1600,
-)
-GEMMA2 = replace(
-    GEMMA1,
-    query_scale=20**-0.5,
-    attention_softcap=5.0,
-    final_softcap=3.0,
-    window=5,
-    post_norms=True,
-)
+GEMMA1 = replace(draws.GEMMA1, depth=2, vocab_size=1600)
+GEMMA2 = replace(draws.GEMMA2, depth=2, vocab_size=1600, attention_softcap=5.0)
 BOTH = pytest.mark.parametrize("text", [GEMMA1, GEMMA2], ids=["gemma1", "gemma2"])
 
 
@@ -69,15 +53,6 @@ def processor():
 
 
 STOP = 1
-VISION = VisionConfig(
-    width=24,
-    depth=2,
-    mlp_dim=40,
-    num_heads=2,
-    head_dim=12,
-    patch_size=14,
-    image_size=28,
-)
 
 
 def new_model(text, seed=2, table=0.1):
@@ -94,9 +69,9 @@ model_of = cache(new_model)
 
 
 def pictures(number):
-    draws = np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     return [
-        Image.fromarray(draws.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8))
+        Image.fromarray(noise.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8))
         for i in range(number)
     ]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgcore import paligemma
-from pgcore.gemma import Gemma, GemmaConfig
+from pgcore.gemma import Gemma
 from pgcore.kv_cache import KVCache
 from pgcore.lab.museum import paligemma as museum
 from pgcore.paligemma import (
@@ -27,7 +27,7 @@ from pgcore.processing import IGNORE, Processor, train_tokenizer
 from pgcore.rope import token_positions
 from pgcore.vision import VisionConfig
 from pgcore.weights import hub_name, hugging_face_name
-from tests.draws import fan_in
+from tests.draws import GEMMA1, GEMMA2, fan_in
 from tests.reference.paligemma import (
     insert_by_loops,
     prefix_lm_mask_by_loops,
@@ -44,25 +44,8 @@ EYES = VisionConfig(
     patch_size=7,
     image_size=14,
 )
-TEXT1 = GemmaConfig(
-    width=40,
-    depth=4,
-    mlp_dim=72,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    vocab_size=97,
-)
-TEXT2 = replace(
-    TEXT1,
-    query_scale=20**-0.5,
-    attention_softcap=2.0,
-    final_softcap=3.0,
-    window=5,
-    post_norms=True,
-)
-ONE = PaliGemmaConfig(vision=EYES, text=TEXT1, image_token=96)
-TWO = PaliGemmaConfig(vision=EYES, text=TEXT2, image_token=96)
+ONE = PaliGemmaConfig(vision=EYES, text=GEMMA1, image_token=96)
+TWO = PaliGemmaConfig(vision=EYES, text=GEMMA2, image_token=96)
 BOTH = pytest.mark.parametrize("config", [ONE, TWO], ids=["one", "two"])
 EVERY_TWIN = pytest.mark.parametrize("twin", museum.TWINS, ids=lambda t: t.__name__)
 LOSS_TWINS = {museum.LossOnThePrefix, museum.LossNotShifted, museum.LossOverPadding}
@@ -279,7 +262,7 @@ def test_each_twin_has_one_bug_of_its_own():
 
 def test_without_its_window_or_cut_by_it_the_prefix_fails_parity():
     theirs = expected_of(TWO, BATCH).logits[REAL]
-    model = fan_in(PaliGemma(replace(TWO, text=replace(TEXT2, window=None)))).eval()
+    model = fan_in(PaliGemma(replace(TWO, text=replace(GEMMA2, window=None)))).eval()
     assert relative(logits_of(model, BATCH)[REAL], theirs) > 1e-2
     cut = fan_in(PaliGemma(TWO)).eval()
     cut.language.__class__ = Gemma
@@ -293,7 +276,7 @@ def test_local_masks_equal_loops(padding, prefix, suffix, window):
         return
     slot = torch.arange(S)[None]
     is_token, is_suffix = slot >= padding, slot >= padding + prefix
-    gemma = PrefixGemma(replace(TEXT2, depth=1, vocab_size=1, window=window))
+    gemma = PrefixGemma(replace(GEMMA2, depth=1, vocab_size=1, window=window))
     local, full = gemma._masks(prefix_lm_mask(is_token, is_suffix), slot[0])
     assert torch.equal(full, prefix_lm_mask_by_loops(is_token, is_suffix))
     for query in range(padding, S):
@@ -327,7 +310,7 @@ def test_a_prefix_through_a_cache_equals_one_without(config):
 
 
 def test_a_gemma_without_a_prefix_is_unchanged():
-    plain, ours = (fan_in(kind(TEXT2)).eval() for kind in (Gemma, PrefixGemma))
+    plain, ours = (fan_in(kind(GEMMA2)).eval() for kind in (Gemma, PrefixGemma))
     mask = prefix_lm_mask(REAL, torch.ones_like(REAL))  # causal
     with torch.no_grad():
         hidden = [
@@ -421,7 +404,7 @@ def test_the_detector_sees_what_leaks(twin):
 
 def test_one_layer_does_not_care_about_the_prefixs_own_reading():
     for depth, same in ((1, True), (2, False)):
-        config = replace(ONE, text=replace(TEXT1, depth=depth))
+        config = replace(ONE, text=replace(GEMMA1, depth=depth))
         full = fan_in(PaliGemma(config)).eval()
         causal = museum.with_bug(full, museum.FullyCausal)
         with torch.no_grad():
@@ -653,7 +636,7 @@ def test_the_processors_batch_fits():
     batch = processor(
         [picture, [picture, picture], []], ["a", "two of them", "none"], ["b", "c", "d"]
     )
-    text = replace(TEXT2, vocab_size=tokenizer.get_vocab_size())
+    text = replace(GEMMA2, vocab_size=tokenizer.get_vocab_size())
     token = processor.id_of("<image>")
     config = PaliGemmaConfig(vision=EYES, text=text, image_token=token)
     model = fan_in(PaliGemma(config)).eval()

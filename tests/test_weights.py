@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import pgcore
 from pgcore import weights as module
 from pgcore.files import read_json
-from pgcore.gemma import GemmaConfig
 from pgcore.lab.museum import weights as museum
 from pgcore.paligemma import (
     PALIGEMMA2_3B_224,
@@ -30,7 +29,6 @@ from pgcore.paligemma import (
     PaliGemmaConfig,
 )
 from pgcore.processing import Processor, load_processor, train_tokenizer
-from pgcore.vision import VisionConfig
 from pgcore.weights import (
     empty_model,
     hub_name,
@@ -40,6 +38,7 @@ from pgcore.weights import (
     save_pretrained,
     stored_tensors,
 )
+from tests import draws
 from tests.draws import fan_in, name_of
 from tests.reference.weights import read_by_hand
 
@@ -231,29 +230,11 @@ def test_a_copy_of_the_table_may_have_any_of_its_names(written, head):
 def ours(kind, seed=3):
     """A model of ours with other numbers, as large as theirs, and a processor."""
     processor = Processor(tokenizer(), 28, 4)
-    text = GemmaConfig(
-        width=32,
-        depth=2,
-        mlp_dim=64,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=12,
-        vocab_size=1600,
-    )
-    if kind == "gemma2":
-        caps = {"attention_softcap": 2.0, "final_softcap": 3.0, "window": 4096}
-        text = replace(text, **caps, post_norms=True, query_scale=20**-0.5)
-    vision = VisionConfig(
-        width=24,
-        depth=2,
-        mlp_dim=40,
-        num_heads=2,
-        head_dim=12,
-        patch_size=14,
-        image_size=28,
-    )
+    text = {"gemma": draws.GEMMA1, "gemma2": draws.GEMMA2}[kind]
+    text = replace(text, width=32, depth=2, mlp_dim=64, vocab_size=1600)
+    text = replace(text, window=text.window and 4096)
     image_token = processor.id_of("<image>")
-    config = PaliGemmaConfig(vision=vision, text=text, image_token=image_token)
+    config = PaliGemmaConfig(vision=draws.VISION, text=text, image_token=image_token)
     return fan_in(PaliGemma(config), seed).eval(), processor
 
 
@@ -646,7 +627,9 @@ def test_pickles_are_not_read(written):
     torch.save({"w": torch.ones(2)}, folder / "pytorch_model.bin")
     assert load_model(folder), "it stands beside; nobody opens it"
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin is a pickle"):
+    with pytest.raises(
+        FileNotFoundError, match="found only pytorch_model.bin; it is a pickle"
+    ):
         load_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors: no such file$"):
@@ -835,7 +818,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.mark.parametrize("step", ["_save_shards", "config_to_json", "Processor.save"])
+@pytest.mark.parametrize("step", ["save_shards", "config_to_json", "Processor.save"])
 def test_a_failure_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
     model, processor = ours("gemma2")
     folder = tmp_path / "saved"

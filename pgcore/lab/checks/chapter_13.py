@@ -221,15 +221,15 @@ def answers_are_the_models(ask):
 @torch.no_grad()
 def it_loads_once(ask):
     """reads the weights once for all prompts"""
-    calls, load_model = [], api.load_model
+    calls, load_weights = [], api.load_weights
 
     def counted(*arguments, **options):
         calls.append(arguments)
-        return load_model(*arguments, **options)
+        return load_weights(*arguments, **options)
 
-    api.load_model = counted
+    api.load_weights = counted
     try:
         ask(checkpoint()[1], Image.new("RGB", (16, 16), "red"), ["caption en"] * 3)
     finally:
-        api.load_model = load_model
+        api.load_weights = load_weights
     require(len(calls) == 1, f"expected the weights read once, not {len(calls)} times")

@@ -9,41 +9,52 @@ from pgcore.paligemma import Output, PaliGemma, suffix_loss
 from pgcore.processing import IGNORE
 
 
-class AllOnesMask(PaliGemma):
+class _Twin(PaliGemma):
+    """A PaliGemma that changes its batch, or what comes out of it."""
+
+    def before(self, batch):
+        return batch
+
+    def after(self, out, batch):
+        return out
+
+    def forward(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        suffix_mask=None,
+        labels=None,
+    ):
+        batch = {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "suffix_mask": suffix_mask,
+            "labels": labels,
+        }
+        return self.after(super().forward(**self.before(batch)), batch)
+
+
+class AllOnesMask(_Twin):
     """Everybody reads everybody: the answer is read before it is said.
 
     Training in transformers until pull request 30918.
     """
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        return super().forward(pixel_values, input_ids, attention_mask, None, labels)
+    def before(self, batch):
+        return batch | {"suffix_mask": None}
 
 
-class FullyCausal(PaliGemma):
+class FullyCausal(_Twin):
     """Read from left to right throughout, picture and prompt, too.
 
     transformers 5.9 to 5.23, when called without ``token_type_ids``.
     """
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        everything = torch.ones_like(input_ids, dtype=torch.bool)
-        return super().forward(
-            pixel_values, input_ids, attention_mask, everything, labels
-        )
+    def before(self, batch):
+        everything = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        return batch | {"suffix_mask": everything}
 
 
 class ImagesDivided(PaliGemma):
@@ -128,97 +139,59 @@ class TowerWithoutItsLastNorm(PaliGemma):
         return self.projector(kept[0])
 
 
-class PaddingInThePrefix(PaliGemma):
+class PaddingInThePrefix(_Twin):
     """Fillers count as prefix, and everybody reads them.
 
     Training in transformers 4.48: issue 35855.
     """
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        return super().forward(pixel_values, input_ids, None, suffix_mask, labels)
+    def before(self, batch):
+        return batch | {"attention_mask": None}
 
 
-class SuffixReadsItself(PaliGemma):
+class SuffixReadsItself(_Twin):
     """Two full blocks: the prefix is safe, the answer reads its future."""
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        if suffix_mask is not None:  # only its first token starts a block
-            suffix_mask = suffix_mask & (suffix_mask.cumsum(dim=1) == 1)
-        return super().forward(
-            pixel_values, input_ids, attention_mask, suffix_mask, labels
-        )
+    def before(self, batch):
+        suffix = batch["suffix_mask"]
+        if suffix is None:
+            return batch
+        is_first = suffix & (suffix.cumsum(dim=1) == 1)  # starts the block
+        return batch | {"suffix_mask": is_first}
 
 
-class LossOnThePrefix(PaliGemma):
+class LossOnThePrefix(_Twin):
     """Learns the prompt by heart as well; the answer is one part of it."""
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        if labels is not None:
-            is_word = input_ids != self.config.image_token
-            if attention_mask is not None:
-                is_word = is_word & attention_mask
-            labels = input_ids.where(is_word, IGNORE)
-        return super().forward(
-            pixel_values, input_ids, attention_mask, suffix_mask, labels
-        )
+    def before(self, batch):
+        ids, is_token = batch["input_ids"], batch["attention_mask"]
+        if batch["labels"] is None:
+            return batch
+        is_word = ids != self.config.image_token
+        if is_token is not None:
+            is_word = is_word & is_token
+        return batch | {"labels": ids.where(is_word, IGNORE)}
 
 
-class LossNotShifted(PaliGemma):
+class LossNotShifted(_Twin):
     """Each place predicts itself, which it has read."""
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        logits = (
-            super().forward(pixel_values, input_ids, attention_mask, suffix_mask).logits
-        )
-        if labels is None:
-            return Output(logits)
-        loss = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE)
-        return Output(logits, loss)
+    def before(self, batch):
+        return batch | {"labels": None}
+
+    def after(self, out, batch):
+        if (labels := batch["labels"]) is None:
+            return out
+        logits = out.logits.transpose(1, 2)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
+        return Output(out.logits, loss)
 
 
-class LossOverPadding(PaliGemma):
+class LossOverPadding(_Twin):
     """The sum is right, and is divided by all places of the batch."""
 
-    def forward(
-        self,
-        pixel_values,
-        input_ids,
-        attention_mask=None,
-        suffix_mask=None,
-        labels=None,
-    ):
-        out = super().forward(
-            pixel_values, input_ids, attention_mask, suffix_mask, labels
-        )
-        if labels is None:
+    def after(self, out, batch):
+        if (labels := batch["labels"]) is None:
             return out
         total = suffix_loss(out.logits, labels, "tokens") * len(out.logits)
         return Output(out.logits, total / labels.numel())

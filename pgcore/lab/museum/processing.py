@@ -8,11 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pgcore.processing import (
-    Processor,
-    to_pixels,
-    to_rgb,
-)
+from pgcore.processing import Processor, to_pixels, to_rgb
 
 
 def bytes_in_range(square):
