@@ -210,8 +210,8 @@ def generate(
             picture may stand alone: then the result stands alone, too.
         max_new_tokens: an answer is cut there.
         temperature: 0 always writes the most probable token; above it, draws.
-        top_k: draw from the so many most probable tokens.
-        top_p: draw from the fewest tokens that hold this share.
+        top_k: draw from the so many most probable tokens. Needs a temperature.
+        top_p: draw from the fewest tokens that hold this share. Needs one, too.
         num_beams: above 1, search for the most probable answer, so many at a time.
         length_penalty: of that search; above 1 favours long answers.
         seed: the same seed draws the same answers.
@@ -234,6 +234,9 @@ def generate(
             "num_beams: a search goes with none of stream, probabilities, compile and"
             " temperature"
         )
+    if temperature == 0 and (top_k is not None or top_p != 1):
+        Sampler(top_k=top_k, top_p=top_p)  # raises for numbers that make no sense
+        raise ValueError("top_k, top_p: they need a temperature above 0")
     alone = isinstance(prompts, str)
     batch = processor([images], [prompts]) if alone else processor(images, prompts)
     device = model.projector.linear.weight.device

@@ -9,7 +9,6 @@ most probable token, a drawn one, or the best of several answers.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pgcore.kv_cache import KVCache, LayerCache
+from pgcore.kv_cache import KVCache
 from pgcore.paligemma import PaliGemma, prefix_lm_mask
 from pgcore.rope import token_positions
 
@@ -56,15 +55,16 @@ def prefill(
     images = model.encode_images(batch["pixel_values"])
     x, text = model.embed(ids, images), model.config.text
     heads = {"num_kv_heads": text.num_kv_heads, "head_dim": text.head_dim}
-    sizes = {"depth": text.depth, "batch_size": B, "num_slots": num_slots}
+    sizes = {"depth": text.depth, "batch_size": B, "num_slots": T}
     cache = KVCache(**sizes, **heads, dtype=x.dtype, device=x.device)
     cache.reserve(T)
     positions = token_positions(is_token)
-    room = 0, num_slots - T  # nothing is written there yet
-    mask = F.pad(prefix_lm_mask(is_token, is_token & False), room)
+    mask = prefix_lm_mask(is_token, is_token & False)
     hidden = model.language(
         x, positions=positions, mask=mask, cache=cache, last_only=True
     )
+    room = 0, num_slots - T  # made now: the prefix need not look at it
+    cache = cache.changed(lambda kept: F.pad(kept, (0, 0, *room)))
     is_token = F.pad(is_token, room, value=True)
     state = Decoding(cache, is_token[:, None, None], positions[:, -1:] + 1)
     return model.language.logits(hidden[:, -1]), state
@@ -114,7 +114,7 @@ class Sampler:
 
     First the temperature. Then only the top_k most probable stay, and
     of these only the fewest that hold a share of top_p, one at least.
-    Temperature 0, as it is at first, takes the most probable token.
+    Temperature 0, the default, takes the most probable token.
     Raises ValueError unless temperature is 0 or more, top_k at least 1,
     top_p above 0 and at most 1.
     Source: Holtzman et al. (2020), section 3.1.
@@ -174,7 +174,7 @@ def write_tokens(
     Built in chapter 14, Generation.
     """
     num_slots = batch["input_ids"].shape[1] + max_new_tokens
-    # A step is compiled anew for each number of slots: let there be few.
+    # Another number of slots may compile anew: let there be few.
     num_slots += 0 if read is read_token else -num_slots % 128
     with torch.inference_mode():  # not around yield: it would leak out
         logits, state = prefill(model, batch, num_slots)
@@ -199,7 +199,7 @@ class _Beams:
         self.ended: list[tuple[float, list[int]]] = []  # scores, ids
 
     def advance(self, log_probs: Float[Tensor, "beams V"]) -> None:
-        """Write a token more to the best: twice the width, as some end."""
+        """Lengthen the beams; looks at twice the width, as some end."""
         sums = log_probs.new_tensor([total for total, *_ in self.going])
         totals = log_probs[: len(sums)] + sums[:, None]
         best = totals.flatten().topk(min(2 * self.width, totals.numel()))
@@ -271,9 +271,7 @@ def beam_search(
 
 def _select(state: Decoding, rows: Int[Tensor, " rows"]) -> Decoding:
     """A state whose row i is what row rows[i] was."""
-    cache = copy(state.cache)
-    cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
-    cache.layers = list(map(LayerCache, cache.keys, cache.values))
+    cache = state.cache.changed(lambda kept: kept[:, rows])
     return Decoding(cache, state.is_token[rows], state.positions[rows])
 
 
@@ -305,8 +303,10 @@ class TextStream:
 def compiled_read_token() -> Callable[..., Tensor]:
     """``read_token`` through torch.compile, in one graph.
 
-    The first call takes half a minute and more; another batch size or
-    number of slots, or another model, takes it again.
+    The first call takes half a minute and more. Another batch size,
+    number of slots or configuration takes it again, until torch lets that
+    size vary. After many configurations in one process torch refuses:
+    then call torch.compiler.reset().
 
     Built in chapter 14, Generation.
     """

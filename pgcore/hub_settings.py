@@ -21,6 +21,8 @@ _FIXED = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+# Hugging Face would follow these, too; null, or nothing, is as good as ours.
+_OR_NULL = {"do_convert_rgb": True, "do_center_crop": False, "do_pad": False}
 _OWNER = {"processor_class": "PaliGemmaProcessor"}
 
 
@@ -41,8 +43,9 @@ def read_settings(folder: Path) -> tuple[int, int]:
     settings = settings.get("image_processor", settings)
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: image_processor: expected an object")
-    for name, expected in _FIXED.items():
-        if (found := settings.get(name, expected)) != expected:
+    for name, expected in (_FIXED | _OR_NULL).items():
+        found = settings.get(name, expected)
+        if found != expected and not (found is None and name in _OR_NULL):
             raise ValueError(
                 f"{path}: {name}: expected {expected}, found {shown(found)}"
             )

@@ -6,6 +6,9 @@ Preallocated, batched, handed to the model as an argument. Positions and
 masks are the caller's; the cache says which slots a forward fills.
 """
 
+from collections.abc import Callable
+from copy import copy
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -98,14 +101,8 @@ class KVCache:
                 "depth, batch_size, num_kv_heads, num_slots, head_dim: "
                 f"expected at least 1, found {sizes}"
             )
-        self.keys = torch.zeros(sizes, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        # The views are taken here: a compiled step that takes them
-        # copies the whole cache. A layer does not hold the cache: that
-        # would be a cycle, and its memory would outlive the last use.
-        keys, values = self.keys.unbind(), self.values.unbind()
-        views = zip(keys, values, strict=True)
-        self.layers = [LayerCache(k, v) for k, v in views]
+        keys = torch.zeros(sizes, dtype=dtype, device=device)
+        self._hold(keys, torch.zeros_like(keys))
         self.clear()
 
     @property
@@ -136,6 +133,28 @@ class KVCache:
         overflow: make a new cache after a text that left one behind.
         """
         self._advance(0, 0)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "KVCache":
+        """A cache of its own with the same tokens in use.
+
+        change: what makes its keys and values from L B K S H, such as
+        other rows or more slots.
+        """
+        new = copy(self)
+        new._hold(change(self.keys), change(self.values))
+        for layer in new.layers:
+            layer.slots = self.slots
+        return new
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take the views here: a compiled step would copy the cache for it.
+
+        A layer does not hold the cache: that would be a cycle, and its
+        memory would outlive the last use.
+        """
+        self.keys, self.values = keys, values
+        views = zip(keys.unbind(), values.unbind(), strict=True)
+        self.layers = [LayerCache(k, v) for k, v in views]
 
     def _advance(self, start: int, end: int) -> None:
         self.slots = torch.arange(start, end, device=self.keys.device)

@@ -96,9 +96,7 @@ TINY = PaliGemmaConfig(vision=TINY_VISION, text=_TINY_TEXT, image_token=3071)
 class Projector(nn.Module):
     """One linear map from the tower's width to the decoder's.
 
-    Zeros at first, so that no noise enters a trained decoder. The zero
-    vectors still take their share of its attention, and the tower gets
-    no gradient until the map has moved.
+    Zeros at first, so that no noise enters a trained decoder.
     Source: Beyer et al. (2024), section 3.1; big_vision, head_zeroinit.
 
     Built in chapter 12, PaliGemma.
@@ -136,7 +134,7 @@ class PrefixGemma(Gemma):
 
     In a local layer what is ``window`` or more slots behind is hidden,
     but not from tokens that it reads, too: a prefix stays whole at any
-    length. Without a window, and without a prefix, it is ``Gemma``.
+    length. Without a window, or without a prefix, it is ``Gemma``.
     Source: PaliGemma 2 in transformers 5.23; big_vision has no windows.
 
     Built in chapter 12, PaliGemma.
@@ -162,10 +160,10 @@ def suffix_loss(
     logits: row by row, in the order of the labels that count; a label is
     predicted at the place before its own. average: "examples" weighs
     every example alike, "tokens" every token, as Hugging Face does. In
-    float32 at least; examples without labels do not count, and 0 without
-    any.
+    float32 at least; examples without labels do not count (big_vision
+    counts them as 0), and it is 0 without any.
     Raises ValueError for another average, or another number of rows.
-    Source: Beyer et al. (2024), section 3.2; big_vision, train.py.
+    Source: Beyer et al. (2024), section 5.2; big_vision, train.py.
 
     Built in chapter 12, PaliGemma.
     """
@@ -223,8 +221,10 @@ class PaliGemma(nn.Module):
         They are not scaled by sqrt(D), as words are. Pixels are taken to
         the dtype of the tower.
         """
+        pixels = pixel_values.to(self.vision.positions.dtype)
+        features = self.vision(pixels)
         dtype = self.projector.linear.weight.dtype
-        return self.projector(self.vision(pixel_values.to(dtype)))
+        return self.projector(features.to(dtype))
 
     def embed(
         self,

@@ -29,9 +29,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     The first frame, turned as its EXIF data say; transparency over
     white; modes I and I;16 as 0..65535, F as 0..255, rounded to bytes.
-    Raises ValueError for what is no picture, an empty picture, and
+    Raises ValueError for what is not a picture, an empty picture, and
     numbers outside.
-    Source: the conversions of Pillow; the rest is a choice of this book.
+    Source: the conversions of Pillow; white as in transformers 5; the
+    rest is a choice of this book.
 
     Built in chapter 11, Pixels and tokens.
     """
@@ -71,7 +72,8 @@ def to_pixels(image: Image.Image, size: int) -> Float[Tensor, "C R R"]:
     """A picture as size x size colours in [-1, 1], squeezed to a square.
 
     Bicubic, antialiased, rounded to bytes before it is scaled.
-    Source: Beyer et al. (2024), section 3.2.6; Pillow.
+    Source: the image processor of Hugging Face; Pillow. In training the
+    kernel was random: Beyer et al. (2024), section 3.2.6.
 
     Built in chapter 11, Pixels and tokens.
     """
@@ -177,7 +179,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """From ``tokenizer.json``, or else from ``tokenizer.model``.
 
     Raises FileNotFoundError if there is neither, ValueError for a file
-    that is not what its name says.
+    that is not what its name says, or that needs ``sentencepiece``
+    where it is not installed.
 
     Built in chapter 11, Pixels and tokens.
     """
@@ -187,6 +190,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     require_file(fast if is_fast else slow, 500_000_000)
     try:
         found = Tokenizer.from_file(str(fast)) if is_fast else from_sentencepiece(slow)
+    except ImportError:
+        raise ValueError(f"{slow}: needs the library sentencepiece") from None
     except Exception as error:  # both libraries raise nothing narrower
         raise ValueError(
             f"{folder}: expected a tokenizer, found: {one_line(error)}"
@@ -232,12 +237,15 @@ class Processor:
         positions follow from it (``pgcore.rope.token_positions``). With
         suffixes also suffix_mask [B, T], and labels [B, T]: the ids of
         the suffix, IGNORE elsewhere.
-        Raises ValueError for numbers of rows that differ, for what is no
-        picture, and for a text that contains a control token or
-        ``<image>``.
+        Raises ValueError for numbers of rows that differ, for what is
+        not a picture, and for a text that contains ``<pad>``, ``<eos>``,
+        ``<bos>`` or ``<image>``.
         """
         texts = (prompts,) if suffixes is None else (prompts, suffixes)
-        sizes = [0 if isinstance(x, str) else len(x) for x in (images, *texts)]
+        sizes = [
+            len(x) if isinstance(x, Sequence) and type(x) is not str else 0
+            for x in (images, *texts)
+        ]
         if len(set(sizes)) > 1 or not sizes[0]:
             what = "images, prompts, suffixes: expected lists of one length"
             raise ValueError(f"{what}, found {sizes}")
@@ -258,7 +266,7 @@ class Processor:
         return batch
 
     def id_of(self, token: str) -> int:
-        """The id of a token. ValueError if the tokenizer has none such."""
+        """The id of a token; ValueError if the tokenizer lacks it."""
         if (found := self.tokenizer.token_to_id(token)) is None:
             raise ValueError(f"tokenizer: expected one that knows {token}")
         return found
@@ -277,7 +285,7 @@ class Processor:
                 path.write_text(text + "\n", encoding="utf8")
 
     def _prefix(self, num_images: int, prompt: str) -> list[int]:
-        """The newline is encoded alone, lest it melt into the prompt."""
+        """The newline alone, so that it cannot merge with the prompt."""
         room = [self.id_of(IMAGE)] * (self.num_image_tokens * num_images)
         return [*room, self.id_of(BOS), *self._encode(prompt), *self._encode("\n")]
 

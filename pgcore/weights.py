@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pgcore.files import folder_written_whole, one_line, read_json, require_file
 from pgcore.hub_config import config_from_json, config_to_json
@@ -49,11 +50,14 @@ def hugging_face_name(name: str, post_norms: bool) -> str:
 
     post_norms: of the configuration, True for PaliGemma 2. There
     post_attention_layernorm is the norm after the attention; in
-    PaliGemma 1 it is the norm before the MLP.
+    PaliGemma 1 it is the norm before the MLP. Raises ValueError for a
+    name that is no parameter's.
 
     Built in chapter 13, Real weights.
     """
-    ours = next(part for part in _PARTS if name.startswith(part))
+    ours = next((part for part in _PARTS if name.startswith(part)), None)
+    if ours is None:
+        raise ValueError(f"expected a parameter of PaliGemma, found {name}")
     name = _PARTS[ours] + name.removeprefix(ours)
     if name.startswith(_TOWER):
         return name.replace(".o_proj.", ".out_proj.")
@@ -105,12 +109,22 @@ def require_same(
         )
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out what torch.nn.init would do."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def empty_model(config: PaliGemmaConfig) -> PaliGemma:
     """A model without memory, on the device "meta": names and shapes.
 
     Built in chapter 13, Real weights.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         return PaliGemma(config)
 
 
@@ -128,8 +142,8 @@ class Stored(NamedTuple):
     def read(self, device: str, dtype: torch.dtype) -> Tensor:
         """Mapped from the file if nothing is to be changed, else copied.
 
-        The file is opened for each tensor, so that what was mapped and
-        copied goes at once, not when the last tensor is read.
+        The file is opened for this tensor alone, so that what was mapped
+        and copied goes at once, not when the last tensor is read.
         """
         with safe_open(self.path, "pt", device=device) as file:
             return file.get_tensor(self.name).to(dtype)
@@ -145,7 +159,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What the weight files hold, by the hub's names; not read yet.
 
     Raises FileNotFoundError for a missing file; ValueError for one that
-    is broken, for a name that comes twice, for what are no floats.
+    is broken, a name that comes twice, tensors that are not floats.
 
     Built in chapter 13, Real weights.
     """
@@ -161,10 +175,15 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 f"{path}: expected safetensors, found {one_line(error)}"
             ) from None
         for name, kind, shape in facts:
-            if kind not in _DTYPES or hub_name(name) in stored:
+            where = f"{path}: {one_line(name, 90)}"
+            if kind not in _DTYPES:
                 raise ValueError(
-                    f"{path}: {one_line(name, 90)}: expected once, in "
-                    f"{', '.join(_DTYPES)}, found {kind}"
+                    f"{where}: expected numbers in {', '.join(_DTYPES)}, found {kind}"
+                )
+            if first := stored.get(hub_name(name)):
+                raise ValueError(
+                    f"{where}: expected once, found again as "
+                    f"{one_line(first.name, 90)} in {first.path.name}"
                 )
             found = Stored(path, name, tuple(shape), _DTYPES[kind])
             stored[hub_name(name)] = found
@@ -220,10 +239,14 @@ def load_weights(
     """
     config, stored = checkpoint
     kinds = {tensor.dtype for tensor in stored.values()}
-    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
-    # The largest first: while it is cast, nothing else is held.
-    order = sorted(stored, key=lambda n: -math.prod(stored[n].shape))
-    weights = {n: stored[n].read(device, dtype) for n in order}
+    dtype = dtype or (torch.float32 if len(kinds) > 1 else [*kinds][0])
+    if device == "cpu" and kinds == {dtype}:  # each file is mapped once
+        paths = {tensor.path for tensor in stored.values()}
+        files = {path: safe_open(path, "pt") for path in paths}
+        weights = {n: files[t.path].get_tensor(t.name) for n, t in stored.items()}
+    else:  # the largest first: while it is cast, nothing else is held
+        order = sorted(stored, key=lambda n: -math.prod(stored[n].shape))
+        weights = {n: stored[n].read(device, dtype) for n in order}
     model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()

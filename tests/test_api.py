@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import pgcore
+import pgcore.api
 from pgcore.api import Answer
+from pgcore.generation import read_token
 from tests.test_generation import (
     GEMMA1,
     GEMMA2,
@@ -116,6 +118,9 @@ def test_a_search_excludes_other_options(option):
         ({"temperature": -1.0}, "temperature, top_k, top_p"),
         ({"top_p": 0.0}, "temperature, top_k, top_p"),
         ({"top_k": 0}, "temperature, top_k, top_p"),
+        ({"top_k": 5}, "top_k, top_p: they need a temperature above 0"),
+        ({"top_p": 0.9}, "top_k, top_p: they need a temperature above 0"),
+        ({"top_p": 0.9, "num_beams": 2}, "they need a temperature above 0"),
     ],
     ids=str,
 )
@@ -127,3 +132,23 @@ def test_options_that_make_no_sense(option, message):
 def test_pictures_and_prompts_must_be_of_one_number():
     with pytest.raises(ValueError, match="lists of one length"):
         generate(pictures(2), ["a"])
+
+
+def test_a_letter_that_was_cut_ends_the_stream(monkeypatch):
+    ids = processor().tokenizer.encode("a猫").ids[:-1]
+    steps = [(torch.tensor([token]), None) for token in ids]
+    monkeypatch.setattr(pgcore.api, "write_tokens", lambda *_, **__: iter(steps))
+    *_, last = generate(pictures(1)[0], "a", stream=True)
+    assert "\ufffd" in last
+
+
+def test_compile_exchanges_the_reader(monkeypatch):
+    calls = []
+
+    def read(*arguments):
+        calls.append(1)
+        return read_token(*arguments)
+
+    monkeypatch.setattr(pgcore.api, "compiled_read_token", lambda: read)
+    text = generate(pictures(1)[0], "a", compile=True)
+    assert calls and text == generate(pictures(1)[0], "a")

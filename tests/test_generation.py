@@ -841,3 +841,44 @@ def test_two_vectors_stay_maps(as_user):
 
 def test_the_end_of_the_processor_is_the_default_stop():
     assert processor().id_of(EOS) == STOP
+
+
+# What only a number shows
+
+
+def test_a_row_that_is_done_stays_as_it_is(monkeypatch):
+    steps = [[0.0, 0.6, 0.4], [0.0, 0.001, 0.999], [0.0, 0.999, 0.001]]
+    other = [[0.0, 0.01, 0.99]] * 3
+    logits = iter([torch.tensor(r).log() for r in zip(steps, other, strict=True)])
+    monkeypatch.setattr(module, "prefill", lambda *_: (next(logits), None))
+    monkeypatch.setattr(module, "decode_step", lambda *_: next(logits))
+    monkeypatch.setattr(module, "_select", lambda state, rows: state)
+    batch = {"input_ids": torch.zeros(2, 1, dtype=torch.long)}
+    limits = {"num_beams": 1, "max_new_tokens": 3, "stop": STOP}
+    assert beam_search(small_model(0), batch, **limits)[0][1] == [STOP]
+
+
+def test_products_are_not_rounded_before_they_are_added():
+    x = torch.tensor([[[1 + 2**-7, 1 + 2**-6]]]).bfloat16()
+    weight = torch.tensor([[1 + 2**-7, -1.0]]).bfloat16()
+    assert _map_of_one(x, weight).item() == 2**-14
+
+
+def test_scores_of_a_bfloat16_model_are_added_up_in_float32():
+    model, batch = new_model(GEMMA1).bfloat16(), dict(single(0))
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    limits = {"num_beams": 2, "max_new_tokens": 4, "stop": -1}
+    ((score, ids),) = beam_search(model, batch, **limits)
+    with torch.no_grad():
+        logits = greedy_logits(model, batch, torch.tensor([ids])[:, :-1])[0]
+    own = logits.float().log_softmax(-1)[torch.arange(4), torch.tensor(ids)]
+    assert score == pytest.approx(own.mean().item(), abs=1e-3)
+
+
+def test_the_last_block_of_a_prefill_works_on_one_place():
+    model, sizes = new_model(GEMMA1), []
+    model.language.layers[-1].mlp.register_forward_hook(
+        lambda module, arguments, output: sizes.append(output.shape[1])
+    )
+    written(model, ragged(), 2, stop=-1)
+    assert sizes == [1, 1]

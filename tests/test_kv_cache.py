@@ -734,3 +734,32 @@ def test_attention_turns_keys_before_it_stores_them():
     layer(x, mask=mask, rotate=lambda heads: 2 * heads, cache=cache.layers[0])
     assert_close(cache.keys[0, :, 0, :2], 2 * layer.k_proj(x))
     assert_close(cache.values[0, :, 0, :2], layer.v_proj(x))
+
+
+# A cache with other numbers
+
+
+def test_a_changed_cache_has_the_same_tokens_and_numbers_of_its_own():
+    cache = KVCache(depth=2, batch_size=3, num_kv_heads=1, head_dim=4, num_slots=5)
+    cache.reserve(2)
+    cache.keys.normal_()
+    before = cache.keys.clone()
+    rows = torch.tensor([2, 0])
+    other = cache.changed(lambda kept: kept[:, rows])
+    assert torch.equal(other.keys, before[:, rows]) and other.num_tokens == 2
+    assert torch.equal(other.slots, cache.slots)
+    new = torch.ones(2, 1, 2, 4)
+    other.layers[1].update(new, new)  # the slots of the last reserve
+    assert torch.equal(other.keys[1, :, :, :2], new)
+    assert torch.equal(other.values[1, :, :, :2], new)
+    assert torch.equal(cache.keys, before) and not cache.values.any()
+
+
+def test_a_cache_with_more_slots_goes_on():
+    cache = KVCache(depth=2, batch_size=1, num_kv_heads=1, head_dim=4, num_slots=2)
+    cache.reserve(2)
+    wide = cache.changed(lambda kept: torch.nn.functional.pad(kept, (0, 0, 0, 3)))
+    assert wide.reserve(3).tolist() == [2, 3, 4]
+    with pytest.raises(ValueError, match="num_tokens: expected 1 to 0"):
+        cache.reserve(1)
+    assert cache.num_tokens == 2 and wide.num_tokens == 5

@@ -781,3 +781,56 @@ def test_the_projector_is_one_linear_map():
     x = torch.randn(2, 3, 6)
     linear = projector.linear
     assert_close(projector(x), x @ linear.weight.T + linear.bias)
+
+
+# What a batch may lack, and what it may not
+
+
+def test_a_picture_too_many_is_a_value_error(as_user):
+    more = torch.cat([BATCH["pixel_values"], BATCH["pixel_values"][:1]])
+    with pytest.raises(ValueError, match="expected 20 places .*found 16"):
+        model_of(ONE)(**(BATCH | {"pixel_values": more}))
+
+
+def test_places_without_image_tokens_are_a_value_error():
+    with pytest.raises(ValueError, match="expected 0 places .* found 16"):
+        model_of(ONE).embed(BATCH["input_ids"])
+
+
+def test_no_attention_mask_means_no_padding():
+    batch = {name: value[:1] for name, value in BATCH.items()}
+    batch |= {"pixel_values": BATCH["pixel_values"][:2]}
+    found = logits_of(model_of(TWO), without(batch, "attention_mask"))
+    assert torch.equal(found, logits_of(model_of(TWO), batch))
+
+
+def test_pixels_are_taken_to_the_models_dtype():
+    model = fan_in(PaliGemma(ONE)).double().eval()
+    assert logits_of(model, BATCH).dtype == torch.float64
+
+
+def test_a_tower_may_have_another_dtype_than_the_decoder():
+    model = fan_in(PaliGemma(ONE)).eval()
+    model.vision.bfloat16()
+    expected = logits_of(fan_in(PaliGemma(ONE)).eval(), BATCH)
+    assert relative(logits_of(model, BATCH)[REAL], expected[REAL]) < 0.1
+
+
+def test_a_local_mask_of_later_slots():
+    gemma = PrefixGemma(replace(GEMMA2, depth=1, vocab_size=1, window=2))
+    block = torch.ones(1, 1, 4, 9, dtype=torch.bool)
+    block[..., :2] = block[..., 8:] = False  # padding; not written yet
+    local, _ = gemma._masks(block, torch.arange(4, 8))
+    expected = torch.zeros(4, 9, dtype=torch.bool)
+    expected[:, 4:8] = True
+    expected[0, 3] = True
+    assert torch.equal(local[0, 0], expected)
+
+
+def test_embed_compiles_without_a_break(as_user):
+    model = model_of(ONE)
+    with torch.no_grad():
+        tokens = model.encode_images(BATCH["pixel_values"])
+        explain = torch._dynamo.explain(lambda ids, images: model.embed(ids, images))
+        found = explain(BATCH["input_ids"], tokens)
+    assert found.graph_break_count == 0

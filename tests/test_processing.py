@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from pgcore.hub_settings import read_settings
 from pgcore.lab.museum import processing as museum
 from pgcore.processing import (
     CONTROL_TOKENS,
@@ -62,7 +63,7 @@ def oracle():
     with warnings.catch_warnings(action="ignore"):
         from transformers import PaliGemmaProcessor
 
-        return PaliGemmaProcessor.from_pretrained(tiny_tokenizer.FOLDER)
+        return PaliGemmaProcessor.from_pretrained(tiny_tokenizer.FOLDER, backend="pil")
 
 
 @cache
@@ -542,8 +543,22 @@ def test_another_kind_of_model_is_refused(tmp_path, changes):
 def test_without_the_library_the_error_names_it(tmp_path, monkeypatch):
     written(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
-    with pytest.raises(ValueError, match="sentencepiece"):
+    with pytest.raises(ValueError, match="model: needs the library sentencepiece$"):
         load_tokenizer(tmp_path)
+
+
+def test_a_piece_with_two_cuts_is_found(tmp_path):
+    file, texts = io.BytesIO(), ["ab"] * 10 + ["bc"] * 8 + ["abc"] * 5
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(texts), model_writer=file, **OPTIONS
+    )
+    (tmp_path / "tokenizer.model").write_bytes(file.getvalue())
+    assert load_tokenizer(tmp_path).encode("abc").tokens == ["abc"]
+
+
+def test_shapes_in_texts_are_not_learned():
+    tokenizer = train_tokenizer(["<seg001> a"] * 9, 500)
+    assert tokenizer.get_vocab_size() == 260 + 3 + 1153
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
@@ -724,6 +739,8 @@ def test_a_text_may_not_contain_what_the_processor_places(token, where):
         ([[]], ["a"], ["b", "c"]),
         ([[]], "a"),
         ([[]], ["a"], "b"),
+        (Image.new("RGB", (4, 4)), ["a"]),
+        (None, ["a"]),
     ],
     ids=str,
 )
@@ -766,7 +783,7 @@ def test_what_is_saved_loads_and_answers_alike(tmp_path):
     with warnings.catch_warnings(action="ignore"):
         from transformers import PaliGemmaProcessor
 
-        theirs = PaliGemmaProcessor.from_pretrained(tmp_path)
+        theirs = PaliGemmaProcessor.from_pretrained(tmp_path, backend="pil")
     ours = processor(*ROWS)
     assert_same(ours, again(*ROWS))
     assert_same(ours, hugging_face(theirs, *ROWS))
@@ -815,6 +832,9 @@ SETTINGS = {"size": {"height": 24, "width": 24}, "image_seq_length": 9}
         ("image_std", [0.5, 0.5]),
         ("do_normalize", False),
         ("do_resize", None),
+        ("do_convert_rgb", False),
+        ("do_center_crop", True),
+        ("do_pad", True),
         ("rescale_factor", 1.0),
         ("size", {"height": 24, "width": 25}),
         ("size", {"shortest_edge": 24}),
@@ -834,6 +854,13 @@ def test_a_setting_that_we_would_not_follow_is_refused(tmp_path, name, value, ol
     (tmp_path / file).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"{file}: {name}: expected"):
         load_processor(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["do_convert_rgb", "do_center_crop", "do_pad"])
+def test_null_is_as_good_as_nothing_where_others_write_it(tmp_path, name):
+    settings = SETTINGS | {name: None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert read_settings(tmp_path) == (24, 9)
 
 
 def test_broken_settings_are_refused(tmp_path):
@@ -908,7 +935,7 @@ def test_joining_the_newline_is_what_hugging_face_does(tmp_path):
     with warnings.catch_warnings(action="ignore"):
         from transformers import PaliGemmaProcessor
 
-        theirs = PaliGemmaProcessor.from_pretrained(tmp_path)
+        theirs = PaliGemmaProcessor.from_pretrained(tmp_path, backend="pil")
     rows = ROWS[0], [prompt + "\n" for prompt in ROWS[1]], ROWS[2]
     expected = hugging_face(theirs, *rows)
     joined = museum.NewlineJoined(small_tokenizer(), 8, 3)(*rows)

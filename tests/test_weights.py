@@ -681,20 +681,35 @@ def test_the_largest_is_read_first_and_each_once(written, monkeypatch):
         return read(stored, device, dtype)
 
     monkeypatch.setattr(module.Stored, "read", noted)
-    load_model(written("gemma"))
+    load_model(written("gemma"), dtype=torch.bfloat16)
     sizes = [math.prod(stored.shape) for stored in reads]
     assert sizes == sorted(sizes, reverse=True)
     assert len({stored.name for stored in reads}) == len(reads) == 59
+
+
+def test_uncast_each_file_is_mapped_once(written, monkeypatch):
+    folder, opened = written("gemma", sharded=True), []
+    checkpoint = module.read_checkpoint(folder)
+    whole = module.safe_open
+
+    def noted(path, *arguments, **options):
+        opened.append(path)
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(module, "safe_open", noted)
+    module.load_weights(checkpoint)
+    assert len(opened) == len(set(opened)) > 1
 
 
 def test_nothing_is_read_before_all_fits(written, monkeypatch):
     folder = written()
     change(folder, lambda t: t.pop(NORM))
 
-    def never(*arguments):
+    def never(*arguments, **options):
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(module.Stored, "read", never)
+    monkeypatch.setattr(module, "load_weights", never)
     with pytest.raises(ValueError, match="do not fit"):
         load_model(folder)
 
@@ -818,6 +833,25 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_the_saved_ids_are_those_of_the_processor(tmp_path):
+    model, processor = ours("gemma2")
+    save_pretrained(model, processor, tmp_path / "saved")
+    for name in ("config.json", "generation_config.json"):
+        found = read_json(tmp_path / "saved" / name)
+        for key, token in (("bos", "<bos>"), ("eos", "<eos>"), ("pad", "<pad>")):
+            assert found[f"{key}_token_id"] == processor.id_of(token)
+
+
+@pytest.mark.parametrize("name", ["config.json.bak", "model.safetensors.old"])
+def test_files_that_only_begin_like_ours_are_not_replaced(tmp_path, name):
+    model, processor = ours("gemma")
+    save_pretrained(model, processor, tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text("mine")
+    with pytest.raises(ValueError, match="checkpoint alone, found"):
+        save_pretrained(model, processor, tmp_path / "saved")
+    assert (tmp_path / "saved" / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("step", ["save_shards", "config_to_json", "Processor.save"])
 def test_a_failure_leaves_the_old_checkpoint(tmp_path, monkeypatch, step):
     model, processor = ours("gemma2")
@@ -885,3 +919,25 @@ def test_a_file_read_by_hand_is_what_the_loader_reads(tmp_path_factory, drawn):
         assert (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype)
         for found in (by_hand[name], entry.read("cpu", tensor.dtype)):
             assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+IMPORTS = """
+import sys, torch
+from pgcore.paligemma import TINY, PaliGemma
+from pgcore.weights import empty_model
+before = len(sys.modules)
+if sys.argv[1:]:
+    with torch.device("meta"):
+        PaliGemma(TINY)
+else:
+    assert all(weight.is_meta for weight in empty_model(TINY).parameters())
+print(len(sys.modules) - before)
+"""
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_an_empty_model_imports_no_compiler(drawn):
+    command = [sys.executable, "-c", IMPORTS, *["drawn"] * drawn]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    number = int(result.stdout)
+    assert number > 200 if drawn else number < 10

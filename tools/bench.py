@@ -3,9 +3,10 @@
     python tools/bench.py              measures, writes book/performance.json and .md
     python tools/bench.py --page       writes the page from the JSON that is there
 
-Both read the same files in the same process, in turns of random order; of each figure
-the median is kept. Load time and memory need a fresh process each. Look at ratios: on a
-shared machine times change by half from minute to minute.
+Both read the same files in the same process, in turns of random order, and so is the
+machine's own speed measured; of each figure the median is kept. Load time and memory
+need a fresh process each. Look at ratios: on a shared machine times change by half from
+minute to minute.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.pop("OMP_WAIT_POLICY", None)  # threads wait as they do for users
 transformers: Any = import_module("transformers")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +34,7 @@ RESULT, PAGE = ROOT / "book" / "performance.json", ROOT / "book" / "performance.
 DTYPES = ("bfloat16", "float32")
 BATCHES = (1, 4)
 PROMPT = "caption en with eight tokens"
-ROUNDS, STEPS, SPARE = 11, 12, 128  # SPARE: slots beyond the prefix
+ROUNDS, STEPS, SPARE = 15, 12, 128  # SPARE: slots beyond the prefix
 LOADS = 3
 VISION = {
     "hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 2048,
@@ -72,8 +74,6 @@ def measure(folder: Path) -> dict:
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
-    say("measuring the machine ...")
-    limits = machine_limits()
     rows = []
     for dtype in DTYPES:
         checkpoint = folder / dtype
@@ -89,7 +89,6 @@ def measure(folder: Path) -> dict:
     prefix = len(models[2]["pgcore"].tokenizer.encode(PROMPT).ids) + 256 + 2
     return {
         "machine": machine(),
-        "limits": limits,
         "prefix": prefix,
         "rows": rows,
     }
@@ -110,31 +109,6 @@ def machine() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def least_seconds(run: Callable[[], object], times: int = 25) -> float:
-    """The best of many: a limit is what the machine can do undisturbed."""
-    run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
-
-
-def machine_limits() -> dict[str, float]:
-    """Bytes a second of reading, floating-point operations a second of a product."""
-    import torch
-
-    block = torch.ones(2**26)  # 256 MiB, beyond any cache
-    limits = {"bytes": block.nbytes / least_seconds(block.sum)}
-    for dtype in DTYPES:
-        x = torch.randn(1024, 4096).to(getattr(torch, dtype))
-        w = torch.randn(4096, 4096).to(x.dtype)
-        seconds = least_seconds(lambda x=x, w=w: x @ w)
-        limits[dtype] = 2 * 1024 * 4096 * 4096 / seconds
-    return limits
 
 
 def write_checkpoint(folder: Path, dtype: str) -> None:
@@ -191,7 +165,67 @@ def load_both(folder: Path, dtype: str):
     return model, theirs, {"pgcore": processor, "transformers": their_processor}
 
 
-class Theirs:
+class Machine:
+    """What the machine can do at that minute: read, multiply, map single vectors."""
+
+    def __init__(self, model, batch_size: int):
+        import torch
+
+        self.block = torch.ones(2**26)  # 256 MiB, beyond any cache
+        self.x = torch.randn(1024, 4096).to(model.projector.linear.weight.dtype)
+        self.w = torch.randn(4096, 4096).to(self.x.dtype)
+        language = model.language
+        maps = [m for m in language.modules() if isinstance(m, torch.nn.Linear)]
+        self.maps = [m.weight for m in maps] + [language.embed_tokens.weight]
+        wide = max(weight.shape[1] for weight in self.maps)
+        self.rows = torch.randn(batch_size, wide).to(self.x.dtype)
+
+    def multiply(self):
+        self.x @ self.w
+
+    def map_all(self):
+        """All linear maps of a step, with nothing between them."""
+        import torch.nn.functional as F
+
+        for weight in self.maps:
+            F.linear(self.rows[:, : weight.shape[1]], weight)
+
+    def one_round(self) -> dict[str, list[float]]:
+        runs = {"read": self.block.sum, "multiply": self.multiply, "maps": self.map_all}
+        return {what: [seconds_of(run) for _ in range(3)] for what, run in runs.items()}
+
+    def limits(self, taken: dict[str, float]) -> dict[str, float]:
+        """Bytes and operations a second; seconds of the linear maps alone."""
+        operations = 2 * self.x.numel() * self.w.shape[1]
+        return {
+            "bytes": self.block.nbytes / taken["read"],
+            "operations": operations / taken["multiply"],
+            "maps": taken["maps"],
+        }
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class Runner:
+    """A prefill and some steps, timed one by one."""
+
+    def one_round(self) -> dict[str, list[float]]:
+        prefill = seconds_of(self.prefill)
+        steps = [seconds_of(self.step) for _ in range(STEPS)]
+        return {"prefill": [prefill], "step": steps[2:]}  # caches settle
+
+    def prefill(self) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+
+class Theirs(Runner):
     """transformers, driven as leanly as its own generate would, and leaner."""
 
     def __init__(self, model, batch):
@@ -231,7 +265,7 @@ class Theirs:
         self.tokens = found.logits[:, -1].argmax(dim=-1)
 
 
-class Ours:
+class Ours(Runner):
     """pgcore, eager or with a compiled step."""
 
     def __init__(self, model, batch, read):
@@ -252,7 +286,7 @@ class Ours:
 
 
 def speeds(model, theirs, processors, batch_size: int) -> dict:
-    """Median seconds of prefill and of a step, in turns; and what they must read."""
+    """Median seconds of prefill and of a step, in turns with the machine's limits."""
     import torch
     from PIL import Image
 
@@ -265,36 +299,31 @@ def speeds(model, theirs, processors, batch_size: int) -> dict:
         "transformers": Theirs(theirs, batch),
         "pgcore": Ours(model, batch, read_token),
         "pgcore compiled": Ours(model, batch, compiled_read_token()),
+        "machine": Machine(model, batch_size),
     }
     taken = defaultdict(list)
     draws = random.Random(0)
     with torch.inference_mode():
         for number in range(ROUNDS + 1):  # the first warms up, and compiles
             for name in draws.sample(list(runners), len(runners)):
-                times = one_round(runners[name])
+                times = runners[name].one_round()
                 if number:
                     for what, seconds in times.items():
                         taken[what, name] += seconds
         flops = prefill_flops(runners["pgcore"])
         first = first_token(processors, pictures, prompts, runners)
-    seconds = {what: {} for what in ("prefill", "step")}
+    medians = defaultdict(dict)
     for (what, name), values in taken.items():
-        seconds[what][name] = statistics.median(values)
+        medians[name][what] = statistics.median(values)
+    limits = runners["machine"].limits(medians.pop("machine"))
+    seconds = {
+        what: {name: found[what] for name, found in medians.items()}
+        for what in ("prefill", "step")
+    }
     seconds["first token"] = first
     weights = sum(p.nbytes for p in model.language.parameters())
-    return {"seconds": seconds, "prefill flops": flops, "step bytes": weights}
-
-
-def one_round(runner) -> dict[str, list[float]]:
-    start = time.perf_counter()
-    runner.prefill()
-    times = {"prefill": [time.perf_counter() - start], "step": []}
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        runner.step()
-        times["step"].append(time.perf_counter() - start)
-    times["step"] = times["step"][2:]  # caches of the processor settle
-    return times
+    counted = {"prefill flops": flops, "step bytes": weights}
+    return {"seconds": seconds, "limits": limits, **counted}
 
 
 def first_token(processors, pictures, prompts, runners) -> dict[str, float]:
@@ -304,10 +333,13 @@ def first_token(processors, pictures, prompts, runners) -> dict[str, float]:
     names = ["transformers", "pgcore"]
     for _ in range(ROUNDS):
         for name in draws.sample(names, len(names)):
-            start = time.perf_counter()
-            runners[name].batch = processors[name](pictures, prompts)
-            runners[name].prefill()
-            taken[name].append(time.perf_counter() - start)
+            runner, process = runners[name], processors[name]
+
+            def answer(runner=runner, process=process):
+                runner.batch = process(pictures, prompts)
+                runner.prefill()
+
+            taken[name].append(seconds_of(answer))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
@@ -387,10 +419,15 @@ imports and ends with a token; *memory* is the most that it took above the impor
 {table}
 
 *Times* says how many times as fast as transformers: above 1 is faster; for memory, how
-many times as little. *Of the limit* is the share of the machine's own speed: for
-prefill, of the rate of a large matrix product ({gemm}); for a step with one row, of the
-rate at which torch sums up a large tensor ({bytes}), as each step reads all weights of
-the decoder once. A compiled loop may read a little faster than that sum.
+many times as little. *Of the limit* is the share of the machine's own speed, measured
+in turns with the rest: for prefill, of the rate of a large matrix product ({gemm}); for
+a step, of the rate at which torch sums up a large tensor ({bytes}), as each step reads
+all weights of the decoder once.
+
+*Maps alone* are the linear maps of a step with nothing between them, no attention and
+no norms. Both sides call the same function of torch for them, so no eager step can be
+faster: that line is as far as Python can go. A compiled step does not call it for one
+row.
 
 Measured on {processor}, {cores} cores, with torch {torch} and transformers
 {transformers}, {date}. The machine is a shared one: times move by half, ratios by a
@@ -406,14 +443,22 @@ weights at the speed of memory ([chapter 14](../chapters/14_generation.ipynb)).
 
 
 def page_of(report: dict) -> str:
-    limits, machine = report["limits"], report["machine"]
-    rates = " and ".join(f"{limits[d] / 1e9:.0f} GFLOP/s in {d}" for d in DTYPES)
+    rows = [row for row in report["rows"] if "batch" in row]
+
+    def rates(what: str, unit: str) -> str:
+        of = {d: [r["limits"][what] for r in rows if r["dtype"] == d] for d in DTYPES}
+        return " and ".join(
+            f"{statistics.mean(found) / 1e9:.0f} {unit} in {dtype}"
+            for dtype, found in of.items()
+        )
+
+    reading = statistics.mean(row["limits"]["bytes"] for row in rows) / 1e9
     return TEXT_OF_PAGE.format(
         table="\n".join(table(report)),
-        gemm=rates,
-        bytes=f"{limits['bytes'] / 1e9:.0f} GB/s",
+        gemm=rates("operations", "GFLOP/s"),
+        bytes=f"{reading:.0f} GB/s",
         prefix=report["prefix"],
-        **machine,
+        **report["machine"],
     )
 
 
@@ -429,7 +474,7 @@ def table(report: dict) -> list[str]:
     for what in ("prefill", "first token", "step"):
         for row in report["rows"]:
             if "batch" in row:
-                lines += speed_lines(what, row, report["limits"])
+                lines += speed_lines(what, row)
     return lines
 
 
@@ -447,22 +492,23 @@ def load_lines(row: dict) -> list[str]:
     return lines
 
 
-def speed_lines(what: str, row: dict, limits: dict) -> list[str]:
-    seconds, batch, dtype = row["seconds"][what], row["batch"], row["dtype"]
-    theirs, lines = seconds["transformers"], []
-    names = ["pgcore", "pgcore compiled"] if what == "step" else ["pgcore"]
-    for name in names:
-        ours, limit = seconds[name], ""
-        if what == "prefill":
-            limit = f"{row['prefill flops'] / limits[dtype] / ours:.0%}"
-        elif what == "step" and batch == 1:
-            limit = f"{row['step bytes'] / limits['bytes'] / ours:.0%}"
-        label = what + name.removeprefix("pgcore").replace(" ", ", ")
+def speed_lines(what: str, row: dict) -> list[str]:
+    seconds, limits = dict(row["seconds"][what]), row["limits"]
+    theirs, lines = seconds.pop("transformers"), []
+    if what == "step":
+        seconds["pgcore maps alone"] = limits["maps"]
+    least = {
+        "prefill": row["prefill flops"] / limits["operations"],
+        "step": row["step bytes"] / limits["bytes"],
+    }
+    for name, ours in seconds.items():
+        label = what + name.removeprefix("pgcore").replace(" ", ", ", 1)
         shown = [f"{1000 * value:.0f} ms" for value in (theirs, ours)]
         if what == "step":
-            shown = [f"{batch / value:.1f} tokens/s" for value in (theirs, ours)]
+            shown = [f"{row['batch'] / value:.1f} tokens/s" for value in (theirs, ours)]
+        limit = f"{least[what] / ours:.0%}" if what in least else ""
         lines.append(
-            f"| {label} | {dtype} | {batch} | {shown[0]} | {shown[1]} |"
+            f"| {label} | {row['dtype']} | {row['batch']} | {shown[0]} | {shown[1]} |"
             f" {theirs / ours:.2f} | {limit} |"
         )
     return lines

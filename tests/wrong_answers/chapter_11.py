@@ -17,6 +17,11 @@ def to_bytes_cut(pixels):
     return levels.clamp(0, 255).byte().permute(1, 2, 0)
 
 
+def to_bytes_by_256(pixels):
+    levels = ((pixels + 1) / 2 * 256).floor()
+    return levels.clamp(0, 255).byte().permute(1, 2, 0)
+
+
 def to_bytes_wrapped(pixels):
     levels = ((pixels + 1) / 2 * 255).round().long() % 256
     return levels.byte().permute(1, 2, 0)
@@ -81,14 +86,37 @@ def cut(word, pairs):
 def cut_in_one_walk(word, pairs):
     pieces = list(word)
     for pair in pairs:
-        joined = []
-        for piece in pieces:
-            if joined and (joined[-1], piece) == tuple(pair):
-                joined[-1] += piece
-            else:
-                joined.append(piece)
-        pieces = joined
+        pieces = cut_in_one_walk_over(pieces, pair)
     return pieces
+
+
+def cut_all_of_the_best_pair_at_once(word, pairs):
+    pieces = list(word)
+    while known := [pair for pair in pairs if tuple(pair) in pairwise(pieces)]:
+        pieces = cut_in_one_walk_over(pieces, known[0])
+    return pieces
+
+
+def cut_in_one_walk_over(pieces, pair):
+    joined = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == tuple(pair):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
+def cut_by_the_piece_not_the_pair(word, pairs):
+    rank = {"".join(pair): i for i, pair in reversed(list(enumerate(pairs)))}
+    pieces = list(word)
+    while True:
+        joins = enumerate(map("".join, pairwise(pieces)))
+        places = [(rank[join], i) for i, join in joins if join in rank]
+        if not places:
+            return pieces
+        _, i = min(places)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
 
 
 def cut_longest_first(word, pairs):
@@ -225,6 +253,7 @@ RIGHT = {
 WRONG = {
     "11.1": [
         to_bytes_cut,
+        to_bytes_by_256,
         to_bytes_wrapped,
         to_bytes_channels_first,
         to_bytes_transposed,
@@ -239,6 +268,8 @@ WRONG = {
     ],
     "11.3": [
         cut_in_one_walk,
+        cut_all_of_the_best_pair_at_once,
+        cut_by_the_piece_not_the_pair,
         cut_longest_first,
         cut_from_the_left,
         cut_last_first,

@@ -158,6 +158,12 @@ def larger_by(model, number, generator, rows=None, clone=True, dtype=None):
     return larger
 
 
+def even_numbers(model, number, generator):
+    width = model.config.text.width
+    rows = torch.rand(number, width, generator=generator) - 0.5
+    return larger_by(model, number, generator, rows * 0.04 * 3**0.5)
+
+
 def the_average_row(model, number, generator):
     table = model.language.embed_tokens.weight.detach()
     return larger_by(model, number, generator, table.mean(0).expand(number, -1))
@@ -257,6 +263,7 @@ WRONG = {
     ],
     "13.4": [
         the_average_row,
+        even_numbers,
         variance_for_deviation,
         generator_ignored,
         numbers_shared,

@@ -91,16 +91,42 @@ def one_number_for_the_batch(logits, labels):
 def search(next_log_probs, width, stop, max_new_tokens, mean=True, keep_ends=True):
     going, ended = [(0.0, [])], []
     for _ in range(max_new_tokens):
-        longer = [
-            (total + more, [*ids, token])
-            for total, ids in going
-            for token, more in enumerate(next_log_probs(ids).tolist())
-        ]
+        longer = continued(going, next_log_probs)
         if keep_ends:
             ended += [beam for beam in longer if beam[1][-1] == stop]
-        going = sorted(b for b in longer if b[1][-1] != stop)[-width:]
+        going = [beam for beam in longer if beam[1][-1] != stop][:width]
     power = 1 if mean else 0
     return max(ended + going, key=lambda beam: beam[0] / len(beam[1]) ** power)[1]
+
+
+def stops_when_enough_have_ended(next_log_probs, width, stop, max_new_tokens):
+    going, ended = [(0.0, [])], []
+    for _ in range(max_new_tokens):
+        longer = continued(going, next_log_probs)
+        ended += [beam for beam in longer[:width] if beam[1][-1] == stop]
+        going = [beam for beam in longer if beam[1][-1] != stop][:width]
+        if len(ended) >= width:
+            break
+    return max(ended + going, key=lambda beam: beam[0] / len(beam[1]))[1]
+
+
+def ends_keep_their_places(next_log_probs, width, stop, max_new_tokens):
+    going, ended = [(0.0, [])], []
+    for _ in range(max_new_tokens):
+        longer = continued(going, next_log_probs)[:width]
+        ended += [beam for beam in longer if beam[1][-1] == stop]
+        going = [beam for beam in longer if beam[1][-1] != stop]
+        width -= len(longer) - len(going)
+    return max(ended + going, key=lambda beam: beam[0] / len(beam[1]))[1]
+
+
+def continued(going, next_log_probs):
+    longer = [
+        (total + more, [*ids, token])
+        for total, ids in going
+        for token, more in enumerate(next_log_probs(ids).tolist())
+    ]
+    return sorted(longer, reverse=True)
 
 
 def compares_sums(next_log_probs, width, stop, max_new_tokens):
@@ -169,6 +195,13 @@ WRONG = {
         sum_of_logits,
         one_number_for_the_batch,
     ],
-    "14.4": [compares_sums, forgets_what_ended, greedy, ignores_the_width],
+    "14.4": [
+        compares_sums,
+        forgets_what_ended,
+        greedy,
+        ignores_the_width,
+        stops_when_enough_have_ended,
+        ends_keep_their_places,
+    ],
     "14.5": [keeps_all_that_agree, gives_nothing_for_free, trusts_what_follows],
 }

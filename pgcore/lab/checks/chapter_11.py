@@ -37,6 +37,15 @@ def numbers_outside_are_cut_off(to_bytes):
     require_close(found, expected, "A byte goes from 0 to 255 and then wraps.")
 
 
+@exercise("11.1")
+def numbers_between_are_rounded(to_bytes):
+    """rounds to the nearest level"""
+    between = torch.tensor([10.7, 99.4, 200.6, 253.4]).div(255).sub(0.5).div(0.5)
+    found = to_bytes(between.view(1, 2, 2).repeat(3, 1, 1))
+    expected = torch.tensor([11, 99, 201, 253]).view(2, 2, 1).expand(2, 2, 3)
+    require_close(found, expected, "The nearest level.")
+
+
 @exercise("11.2")
 def alpha_is_laid_over(lay_over):
     """agrees with Pillow, to a level of 255"""
@@ -75,6 +84,10 @@ def by_library(word: str, pairs: list[tuple[str, str]]) -> list[str]:
 def words_are_cut_as_by_the_library(cut):
     """cuts as the library does, for pairs in any order"""
     chance = random.Random(0)
+    cases = [
+        ("abab", [("ab", "a"), ("a", "b")]),
+        ("abc", [("b", "c"), ("a", "b"), ("ab", "c")]),
+    ]
     for _ in range(60):
         pieces, pairs = ["a", "b", "c"], []
         for _ in range(chance.randint(0, 8)):
@@ -84,6 +97,8 @@ def words_are_cut_as_by_the_library(cut):
                 pieces.append("".join(pair))
         chance.shuffle(pairs)
         word = "".join(chance.choices("abc", k=chance.randint(1, 14)))
+        cases.append((word, pairs))
+    for word, pairs in cases:
         found, expected = list(cut(word, list(pairs))), by_library(word, pairs)
         require(
             found == expected,
@@ -147,6 +162,8 @@ def pictures_resize_as_in_torch(resize_matrix):
         options = {"mode": "bilinear", "antialias": True}
         expected = F.interpolate(x[None, None], (new, new), **options)[0, 0]
         matrix = resize_matrix(old, new)
+        dtype = getattr(matrix, "dtype", type(matrix))
+        require(dtype == torch.float64, f"expected float64, got {dtype}")
         require_close(matrix @ x @ matrix.T, expected, f"{old} to {new}.", atol=1e-5)
 
 

@@ -216,7 +216,9 @@ def leaks_are_found(leaks):
         found = leaks(model_with(mask), x, first)
         expected = reachable(mask, first, CONFIG.depth)
         require(
-            isinstance(found, Tensor) and found.shape == (T, T),
+            isinstance(found, Tensor)
+            and found.dtype == torch.bool
+            and found.shape == (T, T),
             f"expected {T} x {T} booleans.",
         )
         extra, missing = (found & ~expected).sum(), (expected & ~found).sum()

@@ -165,6 +165,27 @@ def a_narrow_beam_keeps_the_best_prefixes(search):
         require(found == going[0][1], f"expected {going[0][1]}, got {found}")
 
 
+@exercise("14.4")
+def ends_do_not_narrow_or_stop_the_search(search):
+    """remembers what ends, keeps its width, and goes on to the limit"""
+    for seed in range(16):
+        next_log_probs = language(6, 300 + seed, stop_bias=1.0, spread=1.0)
+        going: list[tuple[float, list[int]]] = [(0.0, [])]
+        ended: list[tuple[float, list[int]]] = []
+        for _ in range(5):
+            longer = [
+                (total + float(more), [*ids, token])
+                for total, ids in going
+                for token, more in enumerate(next_log_probs(ids))
+            ]
+            ended += [beam for beam in longer if beam[1][-1] == STOP]
+            rest = [beam for beam in longer if beam[1][-1] != STOP]
+            going = sorted(rest, reverse=True)[:2]
+        best = max(ended + going, key=lambda beam: beam[0] / len(beam[1]))[1]
+        found = list(search(next_log_probs, 2, STOP, 5))
+        require(found == best, f"expected {best}, got {found}")
+
+
 def choices(tokens: Sequence[int], V: int = 12) -> Tensor:
     """Logits whose likeliest tokens are these."""
     logits = random_rows((len(tokens), V), seed=len(tokens))

@@ -148,8 +148,9 @@ class NucleusInTheWrongOrder(Sampler):
 class CacheStays(_Beams):
     """Beams change places and their keys and values do not come along.
 
-    OLMo had no reordering at first (pull request 526); in transformers
-    it was skipped for caches of another name (issue 46612).
+    OLMo's model for Hugging Face had none (pull request 526); in
+    transformers it was skipped for caches of another name (issue 46612,
+    mended since).
     """
 
     def advance(self, log_probs):

@@ -39,7 +39,7 @@ class _Twin(PaliGemma):
 class AllOnesMask(_Twin):
     """Everybody reads everybody: the answer is read before it is said.
 
-    Training in transformers until pull request 30918.
+    Training in transformers until pull request 30967; reported in 30918.
     """
 
     def before(self, batch):
@@ -71,8 +71,8 @@ class ImagesDivided(PaliGemma):
 class ImagesMultiplied(PaliGemma):
     """Everything that goes into Gemma times sqrt(D), image tokens, too.
 
-    What one gets who leaves out the division of pytorch-paligemma
-    because it looks like a bug (its issues 3 and 13).
+    What you get if you leave out the division of pytorch-paligemma
+    because it looks like a bug (its issue 13).
     """
 
     def encode_images(self, pixel_values):
@@ -90,7 +90,9 @@ class WordsNotScaled(PaliGemma):
 
 
 class WordsScaledTwice(PaliGemma):
-    """By the table, and by hand once more. OpenTau pull request 179."""
+    """By the table, and by hand once more. OpenTau pull request 179,
+    with Gemma 3.
+    """
 
     def embed(self, input_ids, image_tokens=None):
         x = super().embed(input_ids, image_tokens)
@@ -102,14 +104,14 @@ class ScaleFromTheTop(PaliGemma):
     """Divides by the root of the file's ``hidden_size``, not the text's.
 
     2048 also in PaliGemma 2, whose decoder is wider: pytorch-paligemma,
-    and ports of it. Liger-Kernel pull request 611 reports the mismatch.
+    and ports of it. Liger-Kernel pull request 612 mends the mismatch. Too
+    large by 6 % in the 3B, by half in the 28B.
     """
 
-    hidden_size = 2048
+    ratio = (4608 / 2048) ** 0.5  # 1.5, of PaliGemma 2 28B
 
     def encode_images(self, pixel_values):
-        undone = self.config.text.width**0.5 / self.hidden_size**0.5
-        return super().encode_images(pixel_values) * undone
+        return super().encode_images(pixel_values) * self.ratio
 
 
 class PlaceholdersFromTheTable(PaliGemma):

@@ -21,19 +21,25 @@ def no_conversion(image, size):
     """No RGB: a picture with alpha has four channels, a grey one fails.
 
     In a well-known port of PaliGemma (hkproj/pytorch-paligemma,
-    ``process_images``).
+    ``process_images``; pull request 7 there).
     """
     square = image.resize((size, size), Image.Resampling.BICUBIC)
     return bytes_in_range(square)
 
 
 def alpha_dropped(image, size):
-    """``convert("RGB")`` alone: what was erased is back."""
+    """``convert("RGB")`` alone: what was erased is back.
+
+    Google's notebook (big_vision, finetune_paligemma.ipynb) drops alpha.
+    """
     return to_pixels(image.convert("RGB"), size)
 
 
 def exif_ignored(image, size):
-    """The photo lies as the camera was held."""
+    """The photo lies as the camera was held.
+
+    (vllm-project/vllm, pull request 44974.)
+    """
     plain = image.copy()
     plain.info.pop("exif", None)
     plain.getexif().clear()
@@ -61,13 +67,17 @@ def not_antialiased(image, size):
 
 
 def bilinear(image, size):
-    """Another kernel. In big_vision's own evaluation: close, not equal."""
+    """Another kernel, as in big_vision's fine-tuning: close, not equal."""
     square = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
     return bytes_in_range(square)
 
 
 def imagenet_statistics(image, size):
-    """Mean and standard deviation of ImageNet's colours."""
+    """Mean and standard deviation of ImageNet's colours.
+
+    transformers calls these IMAGENET_DEFAULT_MEAN; the 0.5 that PaliGemma
+    has is IMAGENET_STANDARD_MEAN.
+    """
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     return (to_pixels(image, size) * 0.5 + 0.5 - mean) / std
@@ -105,8 +115,8 @@ class SpaceAfterImage(Processor):
 class BosBeforeImages(Processor):
     """<bos> begins the row. PaliGemma's comes after the pictures.
 
-    With it, "caption es" was answered in English
-    (vllm-project/vllm, pull request 14015).
+    With one in front, too, the language of "caption <lang>" was not
+    recognised (vllm-project/vllm, pull request 14015).
     """
 
     def _prefix(self, num_images, prompt):
@@ -172,7 +182,10 @@ class LearnsThePrompt(Processor):
 
 
 class EosForgotten(Processor):
-    """The suffix has no end: the model never learns to stop."""
+    """The suffix has no end: the model never learns to stop.
+
+    (huggingface/transformers, issue 35200.)
+    """
 
     def __call__(self, images, prompts, suffixes=None):
         batch = super().__call__(images, prompts, suffixes)

@@ -46,18 +46,12 @@ def load_whatever_fits(folder):
 
 
 def o_proj_reshaped_only(kernel):
-    """N H D to N*H D: a transpose is missing.
-
-    The shape is right where N * H = D, as in Gemma 2B.
-    """
+    """N H D to N*H D: a transpose is missing."""
     return kernel.reshape(-1, kernel.shape[-1])
 
 
 def o_proj_by_accident(kernel):
-    """Transposed, then the two sizes of the matrix the wrong way round.
-
-    Right where N * H = D: Hugging Face's converter of PaliGemma 1.
-    """
+    """The two sizes the wrong way round: Hugging Face's first converter."""
     rows = kernel.shape[0] * kernel.shape[1]
     return kernel.permute(2, 0, 1).reshape(rows, kernel.shape[2])
 
@@ -92,7 +86,7 @@ def swapped(name, one, other):
 def norms_as_in_paligemma_1(folder):
     """post_attention_layernorm is the norm before the MLP, as it was.
 
-    What a port of PaliGemma 1 does to a file of PaliGemma 2.
+    What a port that learnt its names from PaliGemma 1 may do.
     """
 
     def name_of(name, post_norms):
@@ -104,7 +98,10 @@ def norms_as_in_paligemma_1(folder):
 
 
 def gate_and_up_swapped(folder):
-    """gating_einsum[0] taken for up, [1] for gate: they have one shape."""
+    """gating_einsum[0] taken for up, [1] for gate: they have one shape.
+
+    Ours; no public case known.
+    """
 
     def name_of(name, post_norms):
         name = swapped(name, "gate_proj", "up_proj")
@@ -127,7 +124,10 @@ def scale_from_head_dim(folder):
 
 
 def norms_folded_in_bfloat16(folder):
-    """Gemma's norms kept as 1 + w, in bfloat16: near 1 it is coarse."""
+    """Gemma's norms kept as 1 + w, in bfloat16: near 1 it is coarse.
+
+    GEMMANormWeight of LightLLM, for a model in bfloat16.
+    """
     model = load_model(folder)
     with torch.no_grad():
         for name, weight in model.language.named_parameters():
