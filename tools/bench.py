@@ -434,9 +434,11 @@ Measured on {processor}, {cores} cores, with torch {torch} and transformers
 tenth.
 
 Where does it come from? Prefill: the last layer computes one query instead of all
-([chapter 10](../chapters/10_gemma.ipynb)). Eager steps: one key head is read once for
-all its queries ([chapter 05](../chapters/05_attention.ipynb)), a static cache
-([chapter 09](../chapters/09_kv_cache.ipynb)), and little else between the matrices.
+([chapter 10](../chapters/10_gemma.ipynb)). Loading: the files are mapped, and no model
+is drawn first ([chapter 13](../chapters/13_real_weights.ipynb)). Eager steps: one key head is read once for
+all its queries ([chapter 05](../chapters/05_attention.ipynb)) and a static cache
+([chapter 09](../chapters/09_kv_cache.ipynb)); the more rows, the more it matters. With
+one row both sides spend most of a step in the same maps, and little can be won.
 Compiled steps: products of a matrix and one vector are written as sums, which reads
 weights at the speed of memory ([chapter 14](../chapters/14_generation.ipynb)).
 """
@@ -495,6 +497,8 @@ def load_lines(row: dict) -> list[str]:
 def speed_lines(what: str, row: dict) -> list[str]:
     seconds, limits = dict(row["seconds"][what]), row["limits"]
     theirs, lines = seconds.pop("transformers"), []
+    if what == "prefill":
+        del seconds["pgcore compiled"]  # it is the same prefill
     if what == "step":
         seconds["pgcore maps alone"] = limits["maps"]
     least = {
