@@ -435,12 +435,13 @@ tenth.
 
 Where does it come from? Prefill: the last layer computes one query instead of all
 ([chapter 10](../chapters/10_gemma.ipynb)). Loading: the files are mapped, and no model
-is drawn first ([chapter 13](../chapters/13_real_weights.ipynb)). Eager steps: one key head is read once for
-all its queries ([chapter 05](../chapters/05_attention.ipynb)) and a static cache
-([chapter 09](../chapters/09_kv_cache.ipynb)); the more rows, the more it matters. With
-one row both sides spend most of a step in the same maps, and little can be won.
-Compiled steps: products of a matrix and one vector are written as sums, which reads
-weights at the speed of memory ([chapter 14](../chapters/14_generation.ipynb)).
+is drawn first ([chapter 13](../chapters/13_real_weights.ipynb)). Eager steps: one key
+head is read once for all its queries ([chapter 05](../chapters/05_attention.ipynb)) and
+a static cache ([chapter 09](../chapters/09_kv_cache.ipynb)); the more rows, the more it
+matters. With one row both sides spend two thirds of a step and more in the same maps.
+Compiled steps: products of a matrix and one vector are written as sums, which read the
+weights faster than torch's own product does
+([chapter 14](../chapters/14_generation.ipynb)).
 """
 
 
