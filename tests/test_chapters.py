@@ -112,6 +112,8 @@ def test_figures_have_a_caption_a_name_and_alt_text(chapter):
             :80
         ]
         assert len(rendering.get("image", {}).get("alt", "")) > 40, cell.source[:80]
+        bare = re.sub("`[^`]*`", "", rendering["figure"]["caption"])
+        assert not re.search("<[a-z]", bare), "a browser takes it for a tag"
         name = rendering["figure"]["name"]
         assert f"`{name}`" in prose(chapter), f"no text speaks of {name}"
         shown = [o for o in cell.outputs if "data" in o]
