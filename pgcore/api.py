@@ -234,12 +234,15 @@ def generate(
             "num_beams: a search goes with none of stream, probabilities, compile and"
             " temperature"
         )
+    device = model.projector.linear.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    sampler = Sampler(
+        temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
     if temperature == 0 and (top_k is not None or top_p != 1):
-        Sampler(top_k=top_k, top_p=top_p)  # raises for numbers that make no sense
         raise ValueError("top_k, top_p: they need a temperature above 0")
     alone = isinstance(prompts, str)
     batch = processor([images], [prompts]) if alone else processor(images, prompts)
-    device = model.projector.linear.weight.device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     limits = {"max_new_tokens": max_new_tokens, "stop": processor.id_of(EOS)}
     if num_beams != 1:
@@ -247,10 +250,6 @@ def generate(
         found = beam_search(model, batch, **search, **limits)
         texts = [processor.decode(ids) for _, ids in found]
         return texts[0] if alone else texts
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    sampler = Sampler(
-        temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-    )
     read = compiled_read_token() if compile else read_token
     written = write_tokens(model, batch, sampler, read=read, **limits)
     if stream:
