@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pgcore.grounding import MASK_SIDE, mask_iou, paste_mask
-from pgcore.grounding import MaskCodec as Codec
+from pgcore.grounding import mask_iou, paste_mask
 from pgcore.lab.emoji import load_emoji
-from pgcore.lab.scene_language import box_mask
+from pgcore.lab.scene_language import MASK_SIDE, box_mask
 from pgcore.lab.scenes import Scene, SceneSettings, compose_batch, split
+from pgcore.mask_codec import MaskCodec
 
 TURN, SHEAR, STRETCH = 0.5, 0.3, 0.25  # most: radians, share of a side, log of a factor
 
@@ -49,7 +49,7 @@ def sprite_masks(style: str) -> Float[Tensor, "B 64 64"]:
 
 
 @torch.no_grad()
-def measure_sprites(codec: Codec, masks: Float[Tensor, "B 64 64"]) -> dict:
+def measure_sprites(codec: MaskCodec, masks: Float[Tensor, "B 64 64"]) -> dict:
     """Mean IoU of masks with what 16 codes keep of them; how many codes are used."""
     codes = codec.encode(masks)
     pairs = zip(codec.decode(codes).numpy() > 0.5, masks.numpy() > 0.5, strict=True)
@@ -58,7 +58,7 @@ def measure_sprites(codec: Codec, masks: Float[Tensor, "B 64 64"]) -> dict:
 
 
 @torch.no_grad()
-def measure_scenes(codec: Codec, scenes: tuple[Scene, ...]) -> float:
+def measure_scenes(codec: MaskCodec, scenes: tuple[Scene, ...]) -> float:
     """Mean IoU in the scenes themselves: each mask coded, and laid into its box."""
     things = [(thing, scene) for scene in scenes for thing in scene.objects]
     masks = torch.from_numpy(np.stack([box_mask(thing) for thing, _ in things]))

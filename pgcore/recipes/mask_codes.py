@@ -21,7 +21,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pgcore.files import written_whole
-from pgcore.grounding import (
+from pgcore.lab.emoji import TEST_STYLE, VALIDATION_STYLE
+from pgcore.mask_codec import (
     EMOJI_MASKS,
     CodebookAverages,
     MaskCodec,
@@ -30,7 +31,6 @@ from pgcore.grounding import (
     quantize,
     save_mask_codec,
 )
-from pgcore.lab.emoji import TEST_STYLE, VALIDATION_STYLE
 from pgcore.recipes._masks import (
     measure_scenes,
     measure_sprites,

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from pgcore.grounding import Found, box_to_tokens, parse, require_box, tokens_to_box
+from pgcore.mask_codec import MaskCodec as MaskCodec
+from pgcore.mask_codec import load_mask_codec as load_mask_codec
 
 
 def mask_over_the_picture(mask, box, height, width):
