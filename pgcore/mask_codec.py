@@ -46,8 +46,8 @@ class CodebookAverages:
 
     A code that few choose is moved to a latent of the batch: one that
     nothing chooses could never learn. ``codebook`` changes in place.
-    Source: van den Oord et al. (2017), appendix A.1; restarts as in
-    Dhariwal et al. (2020), section 3.1.
+    Source: van den Oord et al. (2017), appendix A.1; the restarts are
+    those of Dhariwal et al. (2020).
 
     Built in chapter 15, Boxes and masks.
     """
