@@ -16,8 +16,7 @@ from pgcore.mask_codec import load_mask_codec as load_mask_codec
 def mask_over_the_picture(mask, box, height, width):
     """Stretches the mask over the whole picture: it belongs in its box.
 
-    A misreading of "64 x 64 mask"; ComfyUI_VLM_nodes, issue 142, is one
-    of several decoders that had to be written anew.
+    The sixteen words do not say where it lies, so that is soon forgotten.
     """
     require_box(box)
     small = Image.fromarray(mask.numpy())
