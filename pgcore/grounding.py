@@ -229,7 +229,9 @@ def paste_mask(
 
 
 def draw(
-    image: Image.Image, found: Sequence[Found], codec: MaskCodec | None = None
+    image: Image.Image,
+    found: Sequence[Found],
+    codec: MaskCodec | None = None,
 ) -> Image.Image:
     """Draw the valid ones on a copy of the picture: boxes and names.
 

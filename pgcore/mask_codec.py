@@ -106,11 +106,11 @@ class MaskCodecConfig:
     depth: int = 2  # residual blocks, in the encoder and in the decoder
 
     def __post_init__(self):
-        for field, value in asdict(self).items():
+        for field, size in asdict(self).items():
             least = 8 if field == "width" else 1
-            if value < least or value % least:
+            if size < least or size % least:
                 raise ValueError(
-                    f"{field}: expected a multiple of {least}, found {value}"
+                    f"{field}: expected a multiple of {least}, found {size}"
                 )
 
 
@@ -173,7 +173,7 @@ class MaskDecoder(nn.Sequential):
         layers = [nn.Conv2d(config.code_width, config.width, 1), nn.ReLU()]
         layers += [ResidualBlock(config.width) for _ in range(config.depth)]
         for before, after in zip(sizes, sizes[1:], strict=False):
-            double = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
+            double = nn.ConvTranspose2d(before, after, 4, 2, padding=1)
             layers += [double, nn.ReLU()]
         super().__init__(*layers, nn.Conv2d(sizes[-1], 1, 1))
 
@@ -233,8 +233,9 @@ def save_mask_codec(folder: Path, codec: MaskCodec) -> None:
     weights = {
         name: weight.half().contiguous() for name, weight in codec.state_dict().items()
     }
+    metadata = {"config": json.dumps(asdict(codec.config))}
     with written_whole(folder / "model.safetensors") as path:
-        save_file(weights, path, {"config": json.dumps(asdict(codec.config))})
+        save_file(weights, path, metadata)
 
 
 def load_mask_codec(folder: str | Path = SHIPPED_CODEC) -> MaskCodec:
@@ -248,8 +249,10 @@ def load_mask_codec(folder: str | Path = SHIPPED_CODEC) -> MaskCodec:
     require_file(path)
     try:
         with safe_open(path, "pt") as file:
-            config = MaskCodecConfig(**json.loads(file.metadata()["config"]))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sizes = json.loads(file.metadata()["config"])
+            config = MaskCodecConfig(**sizes)
+            names = file.offset_keys()
+            weights = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a mask codec, found {one_line(error)}"
