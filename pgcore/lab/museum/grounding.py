@@ -83,11 +83,9 @@ def four_at_a_time(text):
     """
     numbers = [int(n) / 1023 for n in re.findall(r"<loc(\d{4})>", text)]
     names = [part.split(">")[-1].strip() for part in text.split(";")]
-    return [
-        Found(name, tuple(numbers[4 * i : 4 * i + 4]), None, "")
-        for i, name in enumerate(names)
-        if len(numbers) >= 4 * i + 4
-    ]
+    edges = iter(numbers)
+    boxes = zip(edges, edges, edges, edges, strict=False)
+    return [Found(name, box, None, "") for name, box in zip(names, boxes, strict=False)]
 
 
 def one_pixel_more(one, other):
