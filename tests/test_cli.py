@@ -186,3 +186,127 @@ def test_the_help_of_a_command_needs_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True
     )
     assert result.stdout.splitlines()[-1] == "False"
+
+
+# --out
+
+
+BOX = "<loc0100><loc0200><loc0600><loc0900>"
+MASK = "".join(f"<seg{code:03d}>" for code in range(16))
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Let every model give this answer: none here was trained to point at things."""
+    import pgcore
+
+    def answer_is(text):
+        def generate(model, processor, images, prompts, stream=False, **options):
+            if stream:
+                return iter([text[:30], text[30:]])
+            return [text] * len(images)
+
+        monkeypatch.setattr(pgcore, "generate", generate, raising=False)
+
+    return answer_is
+
+
+def same_size(path, picture):
+    with Image.open(path) as drawn, Image.open(picture) as original:
+        drawn.load()
+        times = drawn.width // original.width
+        size = original.width * times, original.height * times
+        return drawn.size == size and times > 1
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "JPEG"])
+def test_out_draws_what_was_found(ask, pictures, tmp_path, says, extension):
+    says(f"{BOX} red apple ; {BOX[:27]} broken")
+    place = tmp_path / "new folder" / f"drawn.{extension}"
+    code, out, _ = ask(pictures[0], "detect red apple", "--out", str(place))
+    assert code == 0 and out == f"{BOX} red apple ; {BOX[:27]} broken\n"
+    assert same_size(place, pictures[0])
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    with Image.open(place) as drawn:
+        assert drawn.format == ("PNG" if extension == "png" else "JPEG")
+
+
+def test_out_is_a_folder_for_several_pictures(ask, pictures, tmp_path, says):
+    says(f"{BOX} cat")
+    code, out, _ = ask(*pictures, "detect cat", "--out", str(tmp_path / "drawn"))
+    assert code == 0 and len(out.splitlines()) == 3
+    names = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert names == ["one.png", "three.png", "two.png"]
+
+
+def test_out_may_be_a_folder_for_one(ask, pictures, tmp_path, says):
+    says(f"{BOX} cat")
+    assert ask(pictures[0], "detect cat", "--out", str(tmp_path))[0] == 0
+    assert same_size(tmp_path / "one.png", pictures[0])
+
+
+def test_an_answer_without_boxes_leaves_the_file_as_it_was(
+    ask, pictures, tmp_path, says
+):
+    says("a cat")
+    place = tmp_path / "drawn.png"
+    place.write_bytes(b"from before")
+    code, out, err = ask(pictures[0], PROMPT, "--out", str(place))
+    assert code == 0 and out == "a cat\n"
+    assert err.splitlines()[-1].startswith(f"pgcore: {pictures[0]}: no box in the")
+    assert place.read_bytes() == b"from before"
+
+
+def test_masks_need_their_codec(ask, pictures, tmp_path, says, capsys):
+    from pgcore.mask_codec import SHIPPED_CODEC
+
+    says(f"{BOX}{MASK} cat")
+    plain, masked = tmp_path / "plain.png", tmp_path / "masked.png"
+    code, _, err = ask(pictures[0], "segment cat", "--out", str(plain))
+    assert code == 0 and "the masks are not drawn" in err
+    codec = ["--mask-codec", str(SHIPPED_CODEC)]
+    code, _, err = ask(pictures[0], "segment cat", "--out", str(masked), *codec)
+    assert code == 0 and "not drawn" not in err
+    assert plain.read_bytes() != masked.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{0}", PROMPT, "--out", "x.gif"], "a name that ends in .png, .jpg, .jpeg"),
+        (["{0}", PROMPT, "--out", "nothing"], "ends in .png, .jpg, .jpeg, found no"),
+        (["{0}", PROMPT, "--out", "{0}"], "is the picture itself"),
+        (["{0}", "{1}", PROMPT, "--out", "{2}"], "for several pictures a folder"),
+        (["{0}", "{1}", PROMPT, "--out", "{folder}"], "is the picture itself"),
+        (["{0}", "{again}", PROMPT, "--out", "x"], "two pictures would be written"),
+        (["{0}", PROMPT, "--mask-codec", "x"], "--mask-codec: only with --out"),
+        (
+            ["{0}", PROMPT, "--out", "x.png", "--mask-codec", "no.npz"],
+            "no.npz: no such file",
+        ),
+        (
+            ["{0}", PROMPT, "--out", "x.png", "--mask-codec", "{0}"],
+            "expected an .npz of numbers",
+        ),
+    ],
+)
+def test_a_bad_out_is_found_before_the_model_is_loaded(
+    ask, pictures, arguments, message, tmp_path
+):
+    again = tmp_path / "one.jpg"
+    Image.new("RGB", (8, 8)).save(again)
+    folder = str(again.parent) if "{folder}" not in arguments else pictures[0][:-8]
+    given = [text.format(*pictures, again=again, folder=folder) for text in arguments]
+    code, out, err = ask(*given)
+    assert code == 2 and out == "" and "loading" not in err
+    assert len(err.splitlines()) == 1 and message in err
+
+
+def test_a_drawing_that_fails_leaves_nothing(ask, pictures, tmp_path, says):
+    says(f"{BOX} cat")
+    place = tmp_path / "drawn.png"
+    place.mkdir()
+    (place / "one.png").mkdir()  # a folder where the file should go
+    code, out, err = ask(pictures[0], "detect cat", "--out", str(place))
+    assert code == 1 and out == f"{BOX} cat\n" and "gave up" in err
+    assert [path.name for path in place.iterdir()] == ["one.png"]

@@ -17,7 +17,10 @@ from pgcore.cli import main
 
 PACKAGE = sorted((ROOT / "pgcore").rglob("*.py"))
 CHAPTER_MODULES = [
-    ROOT / "pgcore" / f"{c.module}.py" for c in all_chapters() if c.module
+    ROOT / "pgcore" / f"{module}.py"
+    for c in all_chapters()
+    for module in [c.module, *c.parts]
+    if module
 ]
 LETTERS = set(re.findall(r"\b([A-Z])  ", ALPHABET))
 

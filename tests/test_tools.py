@@ -44,6 +44,47 @@ def exported(chapter: Chapter, kind: str = "export") -> str:
     return export.modules_of(chapter)[path]
 
 
+def test_a_chapter_may_build_parts_that_its_module_imports(tmp_path, write_chapter):
+    chapter = write_chapter(
+        '#| export kernel\n"""A part."""\n\nimport torch',
+        "#| export kernel\nB = torch.ones(1)",
+        MODULE_CELL + "\n\nfrom pgcore.kernel import B",
+        "#| export\nA = B + torch.ones(1)",
+        "#| wrong\nC = A + B",
+    )
+    with pytest.raises(ValueError, match="'kernel', which its metadata does not name"):
+        export.modules_of(chapter)
+    notebook = chapter.notebook
+    notebook.metadata["pgcore"]["parts"] = ["kernel"]
+    nbformat.write(notebook, chapter.path)
+    chapter = Chapter(chapter.path)
+    files = {
+        str(path.relative_to(ROOT)): text
+        for path, text in export.modules_of(chapter).items()
+    }
+    assert set(files) == {
+        "pgcore/kernel.py", "pgcore/attention.py", "pgcore/lab/museum/attention.py",
+    }  # fmt: skip
+    assert "B = torch.ones" in files["pgcore/kernel.py"]
+    assert "A = B" not in files["pgcore/kernel.py"]
+    assert "from pgcore.kernel import B" in files["pgcore/attention.py"]
+    assert "from pgcore.attention import A" in files["pgcore/lab/museum/attention.py"]
+    assert chapter.code_of("export", "kernel") != chapter.code_of("export")
+
+
+def test_a_part_may_not_import_its_module(write_chapter):
+    chapter = write_chapter(
+        '#| export kernel\n"""A part."""\n\nfrom pgcore.attention import A\n\nB = A',
+        MODULE_CELL,
+    )
+    chapter.notebook.metadata["pgcore"]["parts"] = ["kernel"]
+    nbformat.write(chapter.notebook, chapter.path)
+    with pytest.raises(
+        ValueError, match=r"imports pgcore\.attention, which chapter 05"
+    ):
+        export.modules_of(Chapter(chapter.path))
+
+
 def test_only_marked_cells_are_exported_without_the_directive(write_chapter):
     chapter = write_chapter(MODULE_CELL, "print('teaching')", "#| export\nA = 1")
     text = exported(chapter)

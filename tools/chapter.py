@@ -14,7 +14,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
-DIRECTIVE = re.compile(r"#\| (export|reference|wrong)(?:\n|$)")
+DIRECTIVE = re.compile(r"#\| (export|reference|wrong)(?:(?<=export) (\w+))?(?:\n|$)")
 LIKE_A_DIRECTIVE = re.compile(r"^\s*#\s*\|", flags=re.M)
 
 
@@ -43,6 +43,11 @@ class Chapter:
         return self.notebook.metadata.get("pgcore", {}).get("module")
 
     @property
+    def parts(self) -> list[str]:
+        """Modules that it builds beside: cells marked ``#| export part`` go there."""
+        return self.notebook.metadata.get("pgcore", {}).get("parts", [])
+
+    @property
     def relative_path(self) -> str:
         return self.path.relative_to(self.path.parents[1]).as_posix()
 
@@ -57,9 +62,10 @@ class Chapter:
             f"{self.relative_path}"
         )
 
-    def code_of(self, directive: str) -> list[str]:
+    def code_of(self, directive: str, module: str | None = None) -> list[str]:
         """The code cells that begin with ``#| directive``, without that line.
 
+        module: of exported cells, only those that go there.
         Raises ValueError for a line that looks like a directive and is none.
         """
         found = []
@@ -74,7 +80,14 @@ class Chapter:
                     f"{self.relative_path}: {line!r} is no directive; a cell may begin "
                     "with '#| export', '#| reference' or '#| wrong'"
                 )
-            if match and match[1] == directive:
+            if not match or match[1] != directive:
+                continue
+            if match[2] and match[2] not in self.parts:
+                raise ValueError(
+                    f"{self.relative_path}: a cell goes into {match[2]!r}, which its "
+                    "metadata does not name among the parts"
+                )
+            if module in (None, match[2] or self.module):
                 found.append(rest.strip("\n"))
         return found
 

@@ -22,7 +22,7 @@ def mark_cells(app: Sphinx, doctree: nodes.document) -> None:
     path = Path(app.env.doc2path(app.env.docname))
     if path.suffix != ".ipynb":
         return
-    module = Chapter(path).module
+    chapter = Chapter(path)
     for block in list(doctree.findall(nodes.literal_block)):
         match = DIRECTIVE.match(block.astext() + "\n")
         if not match or "cell_input" not in block.parent.get("classes", []):
@@ -30,7 +30,7 @@ def mark_cells(app: Sphinx, doctree: nodes.document) -> None:
         text = block.astext()[match.end() :].lstrip("\n")
         block.children = [nodes.Text(text)]
         block.rawsource = text
-        note = nodes.paragraph("", NOTES[match[1]].format(module))
+        note = nodes.paragraph("", NOTES[match[1]].format(match[2] or chapter.module))
         note["classes"] = ["cell-note", f"cell-note-{match[1]}"]
         block.parent.insert(0, note)
 

@@ -5,13 +5,15 @@
 
 ``#| export`` cells become ``pgcore/<module>.py``, ``#| wrong`` cells
 ``pgcore/lab/museum/<module>.py``, ``#| reference`` cells
-``tests/reference/<module>.py``.
+``tests/reference/<module>.py``. A chapter that would fill more than one module names
+the others as ``parts`` in its metadata: ``#| export part`` cells go there.
 """
 
 import argparse
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from chapter import ROOT, Chapter, all_chapters
@@ -23,7 +25,13 @@ DESTINATIONS = {
 }
 WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli", "assets", "big_vision")
 # Plumbing, by hand as well, that chapters may import from this one on.
-PLUMBING = {"files": "00", "hub_settings": "11", "shards": "13", "hub_config": "13"}
+PLUMBING = {
+    "files": "00",
+    "hub_settings": "11",
+    "shards": "13",
+    "hub_config": "13",
+    "drawing": "15",
+}
 HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 
 
@@ -76,38 +84,48 @@ def modules_of(chapter: Chapter) -> dict[Path, str]:
     if not any(cells.values()):
         return {}
     check_module_name(chapter)
-    body = "\n\n\n".join(cells["export"])
+    exported = {
+        module: "\n\n\n".join(chapter.code_of("export", module))
+        for module in [*chapter.parts, chapter.module]
+    }
     files = {}
     for kind, pattern in DESTINATIONS.items():
-        if not cells[kind]:
-            continue
-        source = "\n\n\n".join(cells[kind])
-        if kind != "export":
-            source = imports_for(source, body, chapter) + "\n" + source
-        path = ROOT / pattern.format(chapter.module)
-        files[path] = finished(source, kind, path, chapter)
+        for module, source in exported.items() if kind == "export" else ():
+            if source:
+                path = ROOT / pattern.format(module)
+                files[path] = finished(source, kind, path, chapter)
+        if kind != "export" and cells[kind]:
+            source = "\n\n\n".join(cells[kind])
+            source = imports_for(source, exported) + "\n" + source
+            path = ROOT / pattern.format(chapter.module)
+            files[path] = finished(source, kind, path, chapter)
     return files
 
 
 def check_module_name(chapter: Chapter) -> None:
-    """A chapter with marked cells builds one module, a new one, of its own."""
-    module = chapter.module
-    if module is None:
+    """What a chapter with marked cells builds is new, and its own."""
+    if chapter.module is None:
         raise ValueError(
             f"{chapter.relative_path}: it has marked cells, but its metadata names no "
             'module ({"pgcore": {"module": "..."}})'
         )
-    taken = module in WRITTEN_BY_HAND or module in PLUMBING
-    if not module.isidentifier() or module[0] == "_" or taken:
-        raise ValueError(
-            f"{chapter.relative_path}: {module!r} cannot be the name of its module"
-        )
-    others = [c for c in all_chapters(chapter.path.parent) if c.module == module]
-    if len(others) > 1:
-        raise ValueError(
-            f"{chapter.relative_path}: the module {module!r} is named by "
-            + " and ".join(c.relative_path for c in others)
-        )
+    for module in [chapter.module, *chapter.parts]:
+        taken = module in WRITTEN_BY_HAND or module in PLUMBING
+        if not module.isidentifier() or module[0] == "_" or taken:
+            raise ValueError(
+                f"{chapter.relative_path}: {module!r} cannot be the name of its module"
+            )
+        others = [
+            c
+            for c in all_chapters(chapter.path.parent)
+            for name in [c.module, *c.parts]
+            if name == module
+        ]
+        if len(others) > 1:
+            raise ValueError(
+                f"{chapter.relative_path}: the module {module!r} is named by "
+                + " and ".join(c.relative_path for c in others)
+            )
 
 
 def finished(source: str, kind: str, path: Path, chapter: Chapter) -> str:
@@ -143,6 +161,9 @@ def check_imports(tree: ast.Module, chapter: Chapter) -> None:
     number_of = {
         c.module: c.number for c in all_chapters(chapter.path.parent) if c.module
     }
+    for other in all_chapters(chapter.path.parent):
+        own = other.number == chapter.number  # its parts come first
+        number_of |= dict.fromkeys(other.parts, "00" if own else other.number)
     for module, first in PLUMBING.items():
         if chapter.number >= first:
             number_of[module] = "00"
@@ -178,21 +199,27 @@ def imported_modules(tree: ast.AST) -> list[str]:
     return names
 
 
-def imports_for(source: str, exported: str, chapter: Chapter) -> str:
+def imports_for(source: str, exported: Mapping[str, str]) -> str:
     """The imports that a wrong or reference cell needs to run alone.
 
     It sees what the notebook has at that point: the imports of the exported cells and
     the names that they define. What it does not use, ruff removes.
+    exported: the cells of each module.
     """
-    exported_tree = ast.parse(without_solution_marks(exported))
+    trees = {
+        module: ast.parse(without_solution_marks(cells))
+        for module, cells in exported.items()
+    }
     lines = [
         ast.unparse(node)
-        for node in exported_tree.body
+        for tree in trees.values()
+        for node in tree.body
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     here = set(defined_names(ast.parse(without_solution_marks(source))))
-    if names := [name for name in defined_names(exported_tree) if name not in here]:
-        lines.append(f"from pgcore.{chapter.module} import {', '.join(names)}")
+    for module, tree in trees.items():
+        if names := [name for name in defined_names(tree) if name not in here]:
+            lines.append(f"from pgcore.{module} import {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="such as 'caption en' or 'detect cat ; dog'")
     add("--model", default="tiny", help="tiny, a folder, or a name on the hub")
     add("--json", action="store_true", help="one JSON object a line and picture")
+    add("--out", metavar="FILE", help="draw what it found; of several: a folder")
+    add("--mask-codec", metavar="FILE", help="vae-oid.npz, to draw <seg> tokens")
     add("--probabilities", action="store_true", help="say how sure the model was")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="cut it there")
     add("--temperature", type=float, default=0.0, metavar="T", help="0: no chance")
@@ -37,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--probabilities: not with --beams")
     for picture in options.pictures:
         _require_there(picture)
+    drawings = _Drawings(options)
     _say(f"loading {options.model} ...")
     from pgcore import load
 
@@ -44,14 +47,14 @@ def run(options: argparse.Namespace) -> int:
     one = len(options.pictures) == 1
     streams = one and not (options.json or options.probabilities or options.beams > 1)
     if streams:
-        _stream(model, processor, options)
+        _stream(model, processor, options, drawings)
         return 0
     failed = 0
     for done, batch in enumerate(_batches(options.pictures, options.batch)):
         if not one:
             count = min(done * options.batch + len(batch), len(options.pictures))
             _say(f"picture {count} of {len(options.pictures)} ...")
-        failed += _answer(model, processor, batch, options)
+        failed += _answer(model, processor, batch, options, drawings)
     return 2 if failed else 0
 
 
@@ -85,19 +88,98 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _stream(model: Any, processor: Any, options: argparse.Namespace) -> None:
+class _Drawings:
+    """Where the answers' boxes and masks are drawn, and with which codec.
+
+    All that can be wrong with it is found here, before the model is loaded.
+    """
+
+    FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+    def __init__(self, options: argparse.Namespace):
+        self.codec, self.files = None, {}
+        if options.mask_codec is not None and options.out is None:
+            raise ValueError("--mask-codec: only with --out")
+        if options.out is None:
+            return
+        self.files = self._places(options.pictures, options.out)
+        self.codec = self._codec(options.mask_codec, options.model)
+
+    def _places(self, pictures: list[str], out: str) -> dict[str, Any]:
+        from pathlib import Path
+
+        path = Path(out)
+        if len(pictures) == 1 and not path.is_dir():
+            if path.suffix.lower() not in self.FORMATS:
+                raise ValueError(
+                    f"--out: expected a folder or a name that ends in"
+                    f" {', '.join(self.FORMATS)}, found {out}"
+                )
+            places = {pictures[0]: path}
+        else:
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"--out: for several pictures a folder, found {out}")
+            places = {name: path / f"{Path(name).stem}.png" for name in pictures}
+        if len(set(places.values())) < len(set(pictures)):
+            raise ValueError("--out: two pictures would be written to one file")
+        for name, place in places.items():
+            if place.exists() and place.samefile(name):
+                raise ValueError(f"--out: {place} is the picture itself")
+        return places
+
+    def _codec(self, name: str | None, model: str) -> Any:
+        """The codec of the shipped model is the shipped one; another must be named."""
+        from pathlib import Path
+
+        from pgcore.mask_codec import load_mask_codec, load_published_codec
+
+        if name is None:
+            return load_mask_codec() if model == "tiny" else None
+        if Path(name).is_dir():
+            return load_mask_codec(name)
+        return load_published_codec(name)
+
+    def draw(self, picture: str, image: Any, answer: str) -> None:
+        """Write the drawing, or say why there is none."""
+        from pgcore.files import written_whole
+        from pgcore.grounding import draw, parse
+
+        if (place := self.files.get(picture)) is None:
+            return
+        found = [one for one in parse(answer, named=False) if one.box is not None]
+        if not found:
+            _say(f"{picture}: no box in the answer, {place} is not written")
+            return
+        if self.codec is None and any(one.codes for one in found):
+            _say(f"{picture}: the masks are not drawn, they need --mask-codec")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(place) as partial:
+            drawn = draw(image, found, self.codec)
+            drawn.save(partial, self.FORMATS[place.suffix.lower()], quality=92)
+
+
+def _stream(
+    model: Any, processor: Any, options: argparse.Namespace, drawings: _Drawings
+) -> None:
     from pgcore import generate
     from pgcore.files import open_image
 
     image = open_image(options.pictures[0])
     how = _how(options) | {"stream": True}
+    answer = ""
     for piece in generate(model, processor, image, options.prompt, **how):
         print(piece, end="", flush=True)
+        answer += piece
     print()
+    drawings.draw(options.pictures[0], image, answer)
 
 
 def _answer(
-    model: Any, processor: Any, pictures: list[str], options: argparse.Namespace
+    model: Any,
+    processor: Any,
+    pictures: list[str],
+    options: argparse.Namespace,
+    drawings: _Drawings,
 ) -> int:
     """Answer for a batch; say which pictures are broken, and return their number."""
     from pgcore import generate
@@ -115,6 +197,7 @@ def _answer(
         found = generate(model, processor, list(images.values()), prompts, **how)
         for picture, answer in zip(images, found, strict=True):
             print(_line(picture, answer, options), flush=True)
+            drawings.draw(picture, images[picture], str(answer))
     return len(pictures) - len(images)
 
 
