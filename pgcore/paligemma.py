@@ -154,6 +154,7 @@ def suffix_loss(
     logits: Float[Tensor, "targets V"],
     labels: Int[Tensor, "B T"],
     average: str = "examples",
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the labelled tokens, from one row of logits each.
 
@@ -176,7 +177,12 @@ def suffix_loss(
             f"found {tuple(logits.shape)}"
         )
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = F.cross_entropy(logits.to(wide), labels[:, 1:][counts], reduction="none")
+    losses = F.cross_entropy(
+        logits.to(wide),
+        labels[:, 1:][counts],
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     number = counts.sum(dim=1, keepdim=True)  # B 1
     if average == "tokens":
         return losses.sum() / number.sum().clamp(min=1)

@@ -29,6 +29,11 @@ class Drawn(NamedTuple):
     concept: str
     style: str
     cell: int
+    variant: int = 0  # 0 is as drawn, see sprite()
+
+    def sprite(self, side: int) -> Sprite:
+        """It, with `side` pixels a side."""
+        return sprite(self.style, self.cell, side, self.variant)
 
 
 class Placed(NamedTuple):
@@ -171,7 +176,7 @@ def _place_one(
     for attempt in range(_PLACE_TRIES):
         if attempt == _PLACE_TRIES // 2:
             side = sides[0]
-        picture = sprite(drawn.style, drawn.cell, side)
+        picture = drawn.sprite(side)
         top, left = draws.below(size - side + 1), draws.below(size - side + 1)
         under = segments[top : top + side, left : left + side][picture.mask]
         after = hidden + np.bincount(under, minlength=len(hidden))
@@ -196,7 +201,7 @@ def _place_in_grid(
         side = draws.between(sides[0], min(sides[1], room))
         top += draws.below(room - side + 1)
         left += draws.below(room - side + 1)
-        placed.append(Placed(one, sprite(one.style, one.cell, side), top, left))
+        placed.append(Placed(one, one.sprite(side), top, left))
         _stamp(segments, placed[-1], len(placed))
     return placed, segments
 

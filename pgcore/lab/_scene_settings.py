@@ -31,6 +31,8 @@ class SceneSettings:
         backgrounds: names of ``BACKGROUNDS``; one is drawn for each scene.
         pairs: "seen" never shows two concepts of a held-out pair together,
             "held-out" always shows one such pair, "any" does not care.
+        variants: forms of each drawing: 1 is as the artist drew it, the others turn,
+            stretch, mirror and tint it a little. For training.
 
     Raises ValueError, with the number or name, for what cannot be drawn.
     """
@@ -46,6 +48,7 @@ class SceneSettings:
     same_kind: float = 0.25
     backgrounds: tuple[str, ...] = BACKGROUNDS
     pairs: str = "seen"
+    variants: int = 1
 
     def __post_init__(self):
         for field, known in (
@@ -66,6 +69,8 @@ class SceneSettings:
             raise ValueError("max_overlap must be below 1: an object would vanish")
         if self.clutter < 0:
             raise ValueError(f"clutter must be 0 or more marks, got {self.clutter}")
+        if not 1 <= self.variants <= 1000:
+            raise ValueError(f"variants: 1 to 1000 forms, got {self.variants}")
         self._check_sides()
         self._check_concepts()
 

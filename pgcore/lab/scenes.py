@@ -105,6 +105,8 @@ def compose(settings: SceneSettings, seed: int, index: int) -> Scene:
     drawings = cast(settings.styles, settings.concepts)
     number = draws.between(*settings.objects)
     chosen = [draws.pick(drawings[kind]) for kind in _kinds(draws, settings, number)]
+    if settings.variants > 1:
+        chosen = [c._replace(variant=draws.below(settings.variants)) for c in chosen]
     shares = settings.side if number > 1 else settings.alone_side
     sides = round(shares[0] * settings.size), round(shares[1] * settings.size)
     placed, segments = place_all(
