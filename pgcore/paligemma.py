@@ -162,7 +162,8 @@ def suffix_loss(
     predicted at the place before its own. average: "examples" weighs
     every example alike, "tokens" every token, as Hugging Face does. In
     float32 at least; examples without labels do not count (big_vision
-    counts them as 0), and it is 0 without any.
+    counts them as 0), and it is 0 without any. label_smoothing: the
+    share of each target that is spread over all V (chapter 16).
     Raises ValueError for another average, or another number of rows.
     Source: Beyer et al. (2024), section 5.2; big_vision, train.py.
 

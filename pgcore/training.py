@@ -1,3 +1,5 @@
+# Generated from chapters/16_training.ipynb.
+# Edit the notebook, then run "make chapters".
 """Training: from random numbers to a model that answers.
 
 A loss over answers only, one optimizer with groups of parameters, a
@@ -15,29 +17,38 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from pgcore.attention import Attention, require_heads
+from pgcore.attention import Attention, attend
+from pgcore.files import one_line
+from pgcore.matmul_attention import attend_by_matmul as attend_by_matmul
 from pgcore.paligemma import PaliGemma, prefix_lm_mask, suffix_loss
-from pgcore.processing import BOS, EOS, IGNORE, IMAGE, PAD, Processor
-from pgcore.runs import Progress, RunFolder
+from pgcore.processing import IGNORE, IMAGE, PAD, Processor
+from pgcore.runs import fit as fit
 
 
 def cosine(step: int, *, steps: int, warmup: int) -> float:
     """The share of the learning rate at a step: up in a line, then down.
 
-    Half a wave of the cosine, from 1 to 0 at ``steps``. For a transfer,
-    whose length is known (Beyer et al., 2024, section 3.2.4).
+    Half a wave of the cosine, from 1 at the end of the warm-up to 0 at
+    ``steps`` and after it. For a transfer, whose length is known.
+    Source: Beyer et al. (2024), section 3.2.4.
+
+    Built in chapter 16, Training.
     """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 def rsqrt(step: int, *, warmup: int, timescale: int) -> float:
-    """The share of the learning rate at a step: up in a line, then slowly down.
+    """The share of the learning rate at a step: up, then slowly down.
 
     1 / sqrt(1 + t / timescale), t steps after the warm-up. It needs no
     end: a run may go on for ever, stage after stage.
-    Source: big_vision, ``utils.create_learning_rate_schedule``.
+    Source: big_vision, ``utils.create_learning_rate_schedule``; there the
+    first step has rate 0.
+
+    Built in chapter 16, Training.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -50,12 +61,19 @@ class Part:
 
     rate: times the learning rate; 0 leaves them as they are. warmup:
     steps in which that grows in a line from 0.
+    Raises ValueError for numbers below 0.
     Source: Beyer et al. (2024), section 3.2.2, for the image tower.
+
+    Built in chapter 16, Training.
     """
 
     prefix: str
     rate: float = 1.0
     warmup: int = 0
+
+    def __post_init__(self):
+        if not (self.rate >= 0 and self.warmup >= 0):
+            raise ValueError(f"rate, warmup: expected 0 or more, found {self}")
 
 
 def parameter_groups(
@@ -66,6 +84,8 @@ def parameter_groups(
     Matrices decay; norms and biases do not. A part of rate 0 is frozen:
     its parameters ask for no gradient. What fits no part learns at 1.
     Raises ValueError for a part that no name begins with.
+
+    Built in chapter 16, Training.
     """
     parts = [*parts, Part(prefix="")]
     groups = [
@@ -74,13 +94,15 @@ def parameter_groups(
         for decay in (weight_decay, 0.0)
     ]
     for name, weight in model.named_parameters():
-        number = next(i for i, p in enumerate(parts) if name.startswith(p.prefix))
+        fits = (name.startswith(part.prefix) for part in parts)
+        number = list(fits).index(True)
         weight.requires_grad_(parts[number].rate > 0)
         groups[2 * number + (weight.ndim < 2)]["params"].append(weight)
+    groups = [group for group in groups if group["params"]]
     for number, part in enumerate(parts[:-1]):
-        if not groups[2 * number]["params"] + groups[2 * number + 1]["params"]:
+        if number not in (group["part"] for group in groups):
             raise ValueError(f"part: no parameter's name begins with {part.prefix!r}")
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,8 @@ class Mixture:
 
     Which task example n is follows from the seed and n alone.
     Raises ValueError for shares that are none.
+
+    Built in chapter 16, Training.
     """
 
     shares: Mapping[str, float]
@@ -101,7 +125,8 @@ class Mixture:
 
     def task(self, number: int) -> str:
         draw = random.Random(f"{self.seed} {number}")
-        return draw.choices(list(self.shares), list(self.shares.values()))[0]
+        names, shares = list(self.shares), list(self.shares.values())
+        return draw.choices(names, shares)[0]
 
 
 def pack(
@@ -117,34 +142,29 @@ def pack(
     Gives pixel_values, input_ids [B, length], question [B, length]: 0 is
     the picture, n the n-th question, -1 padding, and suffix_mask, labels
     as ``Processor`` does.
-    Raises ValueError if the first question of a picture does not fit.
+    Raises ValueError for a picture without questions, and if its first
+    one does not fit.
+
+    Built in chapter 16, Training.
     """
-    P, bos, eos = processor.num_image_tokens, *map(processor.id_of, (BOS, EOS))
-    encode = processor.tokenizer.encode
-    newline = encode("\n", add_special_tokens=False).ids
-    ids = torch.full((len(questions), length), processor.id_of(PAD))
-    labels, question = torch.full_like(ids, IGNORE), torch.full_like(ids, -1)
+    shape, P = (len(questions), length), processor.num_image_tokens
+    ids = torch.full(shape, processor.id_of(PAD))
+    labels, question = torch.full(shape, IGNORE), torch.full(shape, -1)
     ids[:, :P], question[:, :P] = processor.id_of(IMAGE), 0
     for row, asked in enumerate(questions):
-        at = P
-        for number, (prompt, suffix) in enumerate(asked, start=1):
-            prefix = [bos, *encode(prompt, add_special_tokens=False).ids, *newline]
-            answer = [*encode(suffix, add_special_tokens=False).ids, eos]
-            start, end = at + len(prefix), at + len(prefix) + len(answer)
+        prompts, suffixes = [q for q, _ in asked], [a for _, a in asked]
+        texts, end = processor([[]] * len(asked), prompts, suffixes), P
+        for number, is_token in enumerate(texts["attention_mask"]):
+            start, end = end, end + int(is_token.sum())
             if end > length:
                 break
-            ids[row, at:end] = torch.tensor(prefix + answer)
-            labels[row, start:end] = ids[row, start:end]
-            question[row, at:end], at = number, end
-        if at == P:
-            raise ValueError(f"length: {length} tokens do not hold {asked[:1]}")
-    return {
-        "pixel_values": pixel_values,
-        "input_ids": ids,
-        "question": question,
-        "suffix_mask": labels != IGNORE,
-        "labels": labels,
-    }
+            ids[row, start:end] = texts["input_ids"][number, is_token]
+            labels[row, start:end] = texts["labels"][number, is_token]
+            question[row, start:end] = number + 1
+        if question[row].max() < 1:
+            raise ValueError(f"length: {length} tokens do not hold {asked[0]}")
+    batch = {"pixel_values": pixel_values, "input_ids": ids, "labels": labels}
+    return batch | {"question": question, "suffix_mask": labels != IGNORE}
 
 
 def packed_mask(
@@ -153,55 +173,39 @@ def packed_mask(
     """Each question reads the picture and itself, as a prefix-LM does.
 
     The picture reads only itself: that is what it costs to be shared.
+
+    Built in chapter 16, Training.
     """
     key, query = question[:, None, None], question[:, None, :, None]
-    return prefix_lm_mask(question >= 0, suffix_mask) & ((key == query) | (key == 0))
+    may = (key == query) | (key == 0)
+    return prefix_lm_mask(question >= 0, suffix_mask) & may
 
 
 def packed_loss(
     model: PaliGemma, batch: Mapping[str, Tensor], label_smoothing: float = 0.0
 ) -> Float[Tensor, ""]:
-    """The mean over questions of the mean over the tokens of their answers."""
+    """The mean over questions of the mean over the tokens of their answers.
+
+    batch: of ``pack``. Each question's positions go on where the
+    picture's end, as if it were alone.
+
+    Built in chapter 16, Training.
+    """
     question, labels = batch["question"], batch["labels"]
     P = model.config.vision.num_patches
     counted = torch.arange(question.shape[1], device=question.device)
-    starts = torch.where(question.diff(dim=1, prepend=question[:, :1]) != 0, counted, 0)
-    positions = counted - starts.cummax(dim=1).values + P * (question != 0)
+    is_first = question.diff(dim=1, prepend=question[:, :1]) != 0
+    starts = torch.where(is_first, counted, 0).cummax(dim=1).values
     hidden = model.language(
         model.embed(batch["input_ids"], model.encode_images(batch["pixel_values"])),
-        positions=positions,
+        positions=counted - starts + P * (question != 0),
         mask=packed_mask(question, batch["suffix_mask"]),
     )
     logits = model.language.logits(hidden[:, :-1][labels[:, 1:] != IGNORE])
-    alone = [
-        labels.masked_fill(question != number, IGNORE)
-        for number in range(1, int(question.max()) + 1)
-    ]
-    each = torch.stack(alone, dim=1).flatten(0, 1)
-    return suffix_loss(logits, each, label_smoothing=label_smoothing)
-
-
-def attend_by_matmul(
-    q: Float[Tensor, "B N T H"],
-    k: Float[Tensor, "B K S H"],
-    v: Float[Tensor, "B K S H"],
-    mask: Bool[Tensor, " B #N #T S"] | None = None,
-    scale: float | None = None,
-) -> Float[Tensor, "B N T H"]:
-    """``attend`` as two matrix products, for training in bfloat16 on a CPU.
-
-    There the backward pass of torch's fused kernel is slow. Queries need
-    something to read: a row of False gives no zeros here.
-    Arguments and errors as for ``attend``.
-    """
-    require_heads(q, k, v, mask)
-    (B, N, T, H), K = q.shape, k.shape[1]
-    stacked = (q * (H**-0.5 if scale is None else scale)).reshape(B, K, -1, H)
-    scores = (stacked @ k.transpose(-2, -1)).view(B, N, T, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    return (weights.view(B, K, N // K * T, -1) @ v).reshape(B, N, T, H)
+    numbers = range(1, int(question.max()) + 1)
+    each = [labels.masked_fill(question != n, IGNORE) for n in numbers]
+    rows = torch.stack(each, dim=1).flatten(0, 1)  # one a question
+    return suffix_loss(logits, rows, label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +213,8 @@ class TrainingConfig:
     """How a model is trained.
 
     Raises ValueError for what makes no sense.
+
+    Built in chapter 16, Training.
     """
 
     steps: int  # updates of the weights
@@ -231,7 +237,10 @@ Batch = Mapping[str, Tensor]
 
 
 def batch_loss(model: PaliGemma, batch: Batch) -> Float[Tensor, ""]:
-    """The model's own loss on a batch of ``Processor``."""
+    """The model's own loss on a batch of ``Processor``.
+
+    Built in chapter 16, Training.
+    """
     return model(**batch).loss
 
 
@@ -239,7 +248,11 @@ class Trainer:
     """A model, its optimizer, and how many updates they have seen.
 
     batch_at: the n-th batch, from n alone, so that a run needs no memory
-    of its data. loss_of: what is made small.
+    of its data. loss_of: what is made small. name: of the run; a state
+    belongs to one. With bfloat16 on a CPU, attention in the model is
+    ``attend_by_matmul`` from here on.
+
+    Built in chapter 16, Training.
     """
 
     def __init__(
@@ -250,102 +263,97 @@ class Trainer:
         loss_of: Callable[[Any, Batch], Tensor] = batch_loss,
         name: str = "",
     ):
-        self.model, self.config, self.step, self.name = model, config, 0, name
-        self.batch_at, self.loss_of = batch_at, loss_of
+        self.model, self.config, self.step = model, config, 0
+        self.name, self.batch_at, self.loss_of = name, batch_at, loss_of
         self.device = next(model.parameters()).device
         groups = parameter_groups(model, config.parts, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas
-        )
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas)
         self.rows: list[dict[str, float]] = []
         if config.bfloat16 and self.device.type == "cpu":
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    module.attend = attend_by_matmul
+            for part in model.modules():
+                if isinstance(part, Attention) and part.attend is attend:
+                    part.attend = attend_by_matmul
 
     def train_step(self) -> dict[str, float]:
-        """One update; the loss before it and the length of its gradient."""
+        """One update; the loss before it and the length of its gradient.
+
+        Raises ValueError, and leaves the weights, if one is no number.
+        """
         config, total = self.config, 0.0
         self._set_rates()
         self.optimizer.zero_grad()
         for number in range(config.accumulate):
             batch = self.batch_at(self.step * config.accumulate + number)
-            batch = {name: value.to(self.device) for name, value in batch.items()}
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=config.bfloat16
-            ):
+            batch = {k: value.to(self.device) for k, value in batch.items()}
+            kind, is_on = self.device.type, config.bfloat16
+            with torch.autocast(kind, torch.bfloat16, is_on):
                 loss = self.loss_of(self.model, batch) / config.accumulate
             loss.backward()
             total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_norm)
+        weights, longest = self.model.parameters(), config.max_norm
+        norm = nn.utils.clip_grad_norm_(weights, longest).item()
+        if not math.isfinite(total + norm):
+            raise ValueError(
+                f"loss: {total} at step {self.step}, gradient {norm}; "
+                "try a lower learning_rate, and look at the batch"
+            )
         self.optimizer.step()
         self.step += 1
-        return {"loss": total, "gradient": norm.item()}
+        return {"loss": total, "gradient": norm}
 
     def _set_rates(self) -> None:
         config, parts = self.config, [*self.config.parts, Part(prefix="")]
         now = config.learning_rate * config.schedule(self.step)
         for group in self.optimizer.param_groups:
             part = parts[group["part"]]
-            risen = min(1.0, (self.step + 1) / part.warmup) if part.warmup else 1.0
+            risen = min(1.0, (self.step + 1) / max(1, part.warmup))
             group["lr"] = now * part.rate * risen
 
     def state(self) -> dict[str, Any]:
-        """All that a run needs to go on bit for bit."""
+        """All that a run needs to go on bit for bit.
+
+        Weights are not copied: write it down before the next step.
+        random: torch's generator on the CPU, for a loss that draws.
+        """
         return {
             "name": self.name,
             "step": self.step,
+            "rows": list(self.rows),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
-            "rows": self.rows,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go back to what ``state`` gave.
 
-        Raises ValueError if it belongs to another run.
+        Raises ValueError if it belongs to another run or model.
         """
-        if state["name"] != self.name:
+        if (name := state.get("name")) != self.name:
             raise ValueError(
                 "state: written by another recipe; use another folder, or "
-                f"the options it was started with: {state['name']}"
+                f"the options it was started with: {name}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
-        self.step, self.rows = state["step"], state["rows"]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"].cpu())
+            self.step, self.rows = state["step"], list(state["rows"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"state: of another model: {one_line(error)}") from None
 
 
-def fit(
-    trainer: Trainer,
-    folder: RunFolder,
-    *,
-    every: int,
-    evaluate: Callable[[], Mapping[str, float]] = dict,
-    samples: Callable[[], Sequence[str]] = tuple,
-) -> None:
-    """Train to the last step, from where a run in this folder stopped.
-
-    every: updates between looks. At each, ``evaluate`` gives figures,
-    ``samples`` lines that are printed, and all is written down.
-    """
-    if (state := folder.load(trainer.device)) is not None:
-        trainer.restore(state)
-    progress = Progress(trainer.config.steps, trainer.step)
-    recent: list[dict[str, float]] = []
-    while trainer.step < trainer.config.steps:
-        trainer.model.train()
-        recent.append(trainer.train_step())
-        if trainer.step % every and trainer.step != trainer.config.steps:
-            continue
-        means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
-        recent = []
-        trainer.model.eval()
-        figures = {**means, **evaluate()}
-        trainer.rows.append({"step": trainer.step, **figures})
-        progress.say(trainer.step, figures)
-        for line in samples():
-            print(f"  {line}")
-        folder.save(trainer.state())
-        folder.write_metrics(trainer.rows)
+__all__ = [
+    "Batch",
+    "Mixture",
+    "Part",
+    "Trainer",
+    "TrainingConfig",
+    "batch_loss",
+    "cosine",
+    "pack",
+    "packed_loss",
+    "packed_mask",
+    "parameter_groups",
+    "rsqrt",
+]

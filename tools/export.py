@@ -23,7 +23,14 @@ DESTINATIONS = {
 }
 WRITTEN_BY_HAND = ("lab", "recipes", "api", "cli", "assets", "big_vision")
 # Plumbing, by hand as well, that chapters may import from this one on.
-PLUMBING = {"files": "00", "hub_settings": "11", "shards": "13", "hub_config": "13"}
+PLUMBING = {
+    "files": "00",
+    "hub_settings": "11",
+    "shards": "13",
+    "hub_config": "13",
+    "matmul_attention": "16",
+    "runs": "16",
+}
 HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 
 
