@@ -125,8 +125,7 @@ class Mixture:
 
     def task(self, number: int) -> str:
         draw = random.Random(f"{self.seed} {number}")
-        names, shares = list(self.shares), list(self.shares.values())
-        return draw.choices(names, shares)[0]
+        return draw.choices([*self.shares], [*self.shares.values()])[0]
 
 
 def pack(
@@ -260,7 +259,7 @@ class Trainer:
         model: nn.Module,
         config: TrainingConfig,
         batch_at: Callable[[int], Batch],
-        loss_of: Callable[[Any, Batch], Tensor] = batch_loss,
+        loss_of: Callable[[Any, Any], Tensor] = batch_loss,
         name: str = "",
     ):
         self.model, self.config, self.step = model, config, 0
@@ -285,8 +284,7 @@ class Trainer:
         for number in range(config.accumulate):
             batch = self.batch_at(self.step * config.accumulate + number)
             batch = {k: value.to(self.device) for k, value in batch.items()}
-            kind, is_on = self.device.type, config.bfloat16
-            with torch.autocast(kind, torch.bfloat16, is_on):
+            with torch.autocast(self.device.type, torch.bfloat16, config.bfloat16):
                 loss = self.loss_of(self.model, batch) / config.accumulate
             loss.backward()
             total += loss.item()

@@ -60,6 +60,7 @@ def ids_are_left_alone(labels_of):
 
 
 def small_model(seed: int) -> nn.Module:
+    """A net of three inputs and one output."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
 
@@ -67,6 +68,12 @@ def small_model(seed: int) -> nn.Module:
 def squares(model: nn.Module, piece: torch.Tensor) -> torch.Tensor:
     """A mean over the examples of a piece: three inputs and a target each."""
     return F.mse_loss(model(piece[:, :3])[:, 0], piece[:, 3])
+
+
+def gradient_of(parameter: nn.Parameter) -> torch.Tensor:
+    """What ``backward`` has left."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 @exercise("16.3")
@@ -80,7 +87,7 @@ def pieces_make_one_batch(accumulate):
         found = accumulate(pieced, list(data.split(sizes)), squares)
         for one, other in zip(whole.parameters(), pieced.parameters(), strict=True):
             require(other.grad is not None, "a weight has no gradient")
-            require_close(other.grad, one.grad, f"pieces of {sizes}")
+            require_close(other.grad, gradient_of(one), f"pieces of {sizes}")
         require(
             abs(float(found) - loss.item()) < 1e-9,
             f"pieces of {sizes}: expected the loss {loss.item():.4f}, got {found}",
@@ -96,7 +103,7 @@ def old_gradients_are_gone(accumulate):
     expected = small_model(2)
     squares(expected, data).backward()
     for one, other in zip(expected.parameters(), model.parameters(), strict=True):
-        require_close(other.grad, one.grad)
+        require_close(other.grad, gradient_of(one))
 
 
 @exercise("16.3")
@@ -168,6 +175,7 @@ def only_the_frozen_ask_for_nothing(sorted_parameters):
 
 
 def new_run(seed: int) -> SimpleNamespace:
+    """A run at its first step."""
     model = small_model(seed)
     return SimpleNamespace(
         model=model,
@@ -189,6 +197,7 @@ def go_on(run: SimpleNamespace, steps: int) -> None:
 
 
 def weights(run: SimpleNamespace) -> torch.Tensor:
+    """All of its weights in one row, a copy."""
     return torch.cat([p.detach().flatten() for p in run.model.parameters()]).clone()
 
 

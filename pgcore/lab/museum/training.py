@@ -43,7 +43,10 @@ def mean_over_tokens(model: PaliGemma, batch: Batch) -> Tensor:
 
 
 def packed_without_walls(model: PaliGemma, batch: Batch) -> Tensor:
-    """Packs, and masks as if it were one text: questions read each other."""
+    """Packs, and masks as if it were one text: questions read each other.
+
+    The packing of transformers' trainers before 4.44 (Kundu et al., 2024).
+    """
     question, labels = batch["question"], batch["labels"]
     images = model.encode_images(batch["pixel_values"])
     counted = torch.arange(question.shape[1]).expand_as(question)
@@ -60,7 +63,7 @@ class ForgetsToClear(Trainer):
     """zero_grad is missing: every gradient there ever was is added up."""
 
     def train_step(self):
-        self.optimizer.zero_grad = lambda: None
+        self.optimizer.zero_grad = lambda set_to_none=True: None
         return super().train_step()
 
 
@@ -187,5 +190,4 @@ class DrawsWithTheData(Mixture):
 
     def task(self, number):
         draw = random.Random(f"thing {self.seed} {number}")
-        names, shares = list(self.shares), list(self.shares.values())
-        return draw.choices(names, shares)[0]
+        return draw.choices([*self.shares], [*self.shares.values()])[0]
