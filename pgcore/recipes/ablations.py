@@ -75,7 +75,7 @@ class Recipe:
 
     arm: str
     seed: int
-    steps: int = 1000
+    steps: int = 800
     rows: int = 32
     learning_rate: float = 2e-3
     tower_rate: float = 0.2
