@@ -15,7 +15,7 @@ from pgcore.training import Batch, Mixture, Trainer
 
 
 def shifted_twice(model: PaliGemma, batch: Batch) -> Tensor:
-    """Shifts labels that the model shifts again: it learns the word after next.
+    """Shifts labels that the model shifts again: learns the next but one.
 
     GitForCausalLM of transformers, from 4.49 on (issue 47394).
     """
