@@ -704,6 +704,32 @@ def test_a_run_that_is_done_stays_done(tmp_path):
     assert again.step == 2 and (tmp_path / "metrics.csv").read_bytes() == table
 
 
+def test_a_stop_between_two_files_loses_no_row(tmp_path, monkeypatch):
+    write = RunFolder.write_metrics
+
+    def stopped(folder, rows):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        write(folder, rows)
+
+    monkeypatch.setattr(RunFolder, "write_metrics", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(new_trainer(config_of(steps=4)), tmp_path)
+    monkeypatch.setattr(RunFolder, "write_metrics", write)
+    quiet_fit(new_trainer(config_of(steps=4)), tmp_path)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", "2", "4"]
+
+
+def test_the_rows_of_a_state_are_its_own():
+    trainer, other = new_trainer(), new_trainer()
+    state = trainer.state()
+    trainer.rows.append({"step": 1})
+    other.restore(state)
+    other.rows.append({"step": 2})
+    assert state["rows"] == []
+
+
 def test_fit_looks_at_least_every_step(tmp_path):
     with pytest.raises(ValueError, match="every: expected at least 1, found 0"):
         quiet_fit(new_trainer(), tmp_path, every=0)
