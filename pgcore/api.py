@@ -42,7 +42,8 @@ def load(
             downloaded once. The token is found where ``hf auth login`` puts it.
         device: as torch names it; ``"auto"`` takes a GPU if there is one.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or a torch dtype;
-            ``"auto"`` takes the files' own.
+            ``"auto"`` takes the files' own, but float32 for float16 on a CPU, which
+            multiplies that slowly.
 
     Raises:
         FileNotFoundError: if the source, or one of its files, is not there.
@@ -53,6 +54,9 @@ def load(
     checkpoint = read_checkpoint(folder)
     processor = load_processor(folder)
     require_fit(checkpoint.config, processor, folder)
+    if dtype == "auto" and chosen == "cpu":
+        kinds = {tensor.dtype for tensor in checkpoint.tensors.values()}
+        wanted = torch.float32 if kinds == {torch.float16} else None
     return load_weights(checkpoint, device=chosen, dtype=wanted), processor
 
 

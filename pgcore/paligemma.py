@@ -154,6 +154,7 @@ def suffix_loss(
     logits: Float[Tensor, "targets V"],
     labels: Int[Tensor, "B T"],
     average: str = "examples",
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the labelled tokens, from one row of logits each.
 
@@ -161,7 +162,8 @@ def suffix_loss(
     predicted at the place before its own. average: "examples" weighs
     every example alike, "tokens" every token, as Hugging Face does. In
     float32 at least; examples without labels do not count (big_vision
-    counts them as 0), and it is 0 without any.
+    counts them as 0), and it is 0 without any. label_smoothing: the
+    share of each target that is spread over all V (chapter 16).
     Raises ValueError for another average, or another number of rows.
     Source: Beyer et al. (2024), section 5.2; big_vision, train.py.
 
@@ -176,7 +178,12 @@ def suffix_loss(
             f"found {tuple(logits.shape)}"
         )
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = F.cross_entropy(logits.to(wide), labels[:, 1:][counts], reduction="none")
+    losses = F.cross_entropy(
+        logits.to(wide),
+        labels[:, 1:][counts],
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     number = counts.sum(dim=1, keepdim=True)  # B 1
     if average == "tokens":
         return losses.sum() / number.sum().clamp(min=1)

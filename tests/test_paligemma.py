@@ -609,6 +609,25 @@ def test_the_loss_is_computed_in_float32_at_least():
     assert suffix_loss(logits.double(), labels).dtype == torch.float64
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("average", ["examples", "tokens"])
+def test_label_smoothing_equals_torch(smoothing, average):
+    logits, labels = torch.randn(3, 9, 11), torch.randint(11, (3, 9))
+    labels[0, :6] = labels[1, :2] = labels[2, :8] = IGNORE
+    predicts = labels[:, 1:] != IGNORE
+    found = suffix_loss(logits[:, :-1][predicts], labels, average, smoothing)
+    rows = logits[:, :-1].mT, labels[:, 1:]
+    if average == "tokens":
+        expected = F.cross_entropy(*rows, label_smoothing=smoothing)
+    else:
+        each = [
+            F.cross_entropy(x[None], y[None], label_smoothing=smoothing)
+            for x, y in zip(*rows, strict=True)
+        ]
+        expected = sum(each) / 3
+    assert_close(found, expected)
+
+
 def test_no_labels_no_loss_and_a_batch_without_any_is_zero():
     model = model_of(ONE)
     with torch.no_grad():

@@ -31,6 +31,8 @@ PLUMBING = {
     "shards": "13",
     "hub_config": "13",
     "drawing": "15",
+    "matmul_attention": "16",
+    "runs": "16",
 }
 HEADER = '# Generated from {}.\n# Edit the notebook, then run "make chapters".\n'
 

@@ -10,9 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from pgcore import __version__
-from pgcore.cli import ask, info, modules
+from pgcore.cli import ask, demo, info, modules, train
 
-COMMANDS = {"ask": ask, "info": info, "modules": modules}
+COMMANDS = {
+    "demo": demo,
+    "ask": ask,
+    "info": info,
+    "train": train,
+    "modules": modules,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

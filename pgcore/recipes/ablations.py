@@ -1,0 +1,238 @@
+"""What each decision of PaliGemma's training is worth, on a small model.
+
+    python -m pgcore.recipes.ablations --out runs/ablations
+
+Six arms with three seeds each; an arm differs from the first in one decision. A small
+decoder behind the emoji SigLIP's tower learns captions, counts and boxes of scenes of
+eight things, one question a row, for a fixed number of steps. Chapter 16 plots what is
+left: ``pgcore/assets/ablations.json``.
+
+Start it again with the same folder, and it goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait, do not spin
+
+import torch
+from torch import Tensor, nn
+
+from pgcore.files import written_whole
+from pgcore.gemma import GemmaConfig
+from pgcore.lab.pretrained import load_emoji_siglip
+from pgcore.lab.scene_language import choose_examples
+from pgcore.lab.scenes import SceneSettings, compose, images_of, split
+from pgcore.lab.scoring import ask, figure, scores
+from pgcore.paligemma import PaliGemma, PaliGemmaConfig, prefix_lm_mask
+from pgcore.processing import Processor, load_processor
+from pgcore.recipes.emoji_siglip import sincos_positions
+from pgcore.recipes.tiny_tokenizer import FOLDER
+from pgcore.runs import RunFolder, fit
+from pgcore.training import Part, Trainer, TrainingConfig, batch_loss, cosine, pack
+from pgcore.vision import VisionTower
+
+ARMS = (
+    "as it is",
+    "tower frozen",
+    "no SigLIP",  # a tower of random numbers, with the same kind of positions
+    "projector at random",
+    "causal",  # picture and prompt, too, read from left to right
+    "weak positions",  # the tower's positions drawn at 1 / sqrt(width)
+)
+FIGURES = ("caption objects", "caption exact", "count", "detect mIoU")
+KINDS = ("caption", "count", "detect", "detect")
+CONCEPTS = (
+    *("cat", "red apple", "guitar", "rocket"),
+    *("panda", "lemon", "sunflower", "basketball"),
+)
+SCENES = SceneSettings(
+    concepts=CONCEPTS,
+    objects=(1, 2),
+    side=(0.35, 0.5),
+    alone_side=(0.4, 0.8),
+    backgrounds=("plain",),
+    clutter=0,
+)
+
+Rows = list[dict[str, float | int]]  # of one run: what each look found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run: an arm, a seed, and how it is trained.
+
+    watched: scenes of the validation artist that it is examined on.
+    """
+
+    arm: str
+    seed: int
+    steps: int = 800
+    rows: int = 32
+    learning_rate: float = 2e-3
+    tower_rate: float = 0.2
+    length: int = 112
+    watched: int = 100
+
+
+def build(recipe: Recipe, processor: Processor) -> PaliGemma:
+    """The model as the arm starts it."""
+    siglip, _ = load_emoji_siglip()
+    text = GemmaConfig(
+        width=128,
+        depth=3,
+        mlp_dim=512,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=48,
+        vocab_size=processor.tokenizer.get_vocab_size(),
+    )
+    config = PaliGemmaConfig(
+        vision=siglip.vision.config, text=text, image_token=processor.id_of("<image>")
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(recipe.seed)
+        model = PaliGemma(config)
+        for weight in model.language.layers.parameters():
+            if weight.ndim == 2:
+                nn.init.trunc_normal_(weight, std=weight.shape[1] ** -0.5)
+        if recipe.arm == "projector at random":
+            projector = model.projector.linear.weight
+            nn.init.trunc_normal_(projector, std=projector.shape[1] ** -0.5)
+        place(model.vision, recipe.arm, siglip.vision)
+    return model
+
+
+def place(tower: VisionTower, arm: str, trained: VisionTower) -> None:
+    """Give the tower its weights, and its positions."""
+    grid, width = tower.config.grid, tower.config.width
+    if arm == "no SigLIP":
+        tower.positions.copy_(sincos_positions(grid, width))
+        return
+    drawn = tower.positions.clone()
+    tower.load_state_dict(trained.state_dict())
+    if arm == "weak positions":
+        tower.positions.copy_(drawn)
+
+
+def batch_at(recipe: Recipe, processor: Processor, step: int) -> dict[str, Tensor]:
+    """Draw what a step sees: one question about each picture."""
+    settings, stream = split("train", SCENES, recipe.seed)
+    first = step * recipe.rows
+    scenes = [compose(settings, stream, first + n) for n in range(recipe.rows)]
+    asked = []
+    for scene in scenes:
+        chosen = choose_examples(scene, 1, KINDS, languages=("en",))
+        asked.append([(one.prompt, one.answer or "") for one in chosen])
+    batch = pack(processor, 2 * images_of(scenes) - 1, asked, recipe.length)
+    is_token = batch.pop("question") >= 0
+    if recipe.arm == "causal":
+        batch["suffix_mask"] = is_token
+    return batch | {"attention_mask": is_token}
+
+
+@contextlib.contextmanager
+def read_as_trained(arm: str) -> Iterator[None]:
+    """While this lasts, answers are written with the mask of the arm."""
+    if arm != "causal":
+        yield
+        return
+    with patch(
+        "pgcore.generation.prefix_lm_mask",
+        lambda is_token, is_suffix: prefix_lm_mask(is_token, is_token),
+    ):
+        yield
+
+
+def train(recipe: Recipe, out: Path, processor: Processor) -> Rows:
+    """Run one arm with one seed to its end; its figures at each look."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(recipe, processor).to(device)
+    rate = 0.0 if recipe.arm == "tower frozen" else recipe.tower_rate
+    rate = 1.0 if recipe.arm == "no SigLIP" else rate
+    config = TrainingConfig(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        schedule=lambda step: cosine(step, steps=recipe.steps, warmup=50),
+        parts=(Part(prefix="vision.", rate=rate, warmup=100),),
+        weight_decay=0.05,
+        bfloat16=True,
+    )
+    trainer = Trainer(
+        model,
+        config,
+        lambda step: batch_at(recipe, processor, step),
+        batch_loss,
+        name=repr(recipe),
+    )
+    settings, stream = split("validation", SCENES)
+    watched = [compose(settings, stream, n) for n in range(recipe.watched)]
+    samples: list[str] = []
+
+    def evaluate() -> dict[str, float]:
+        with read_as_trained(recipe.arm):
+            asked = ask(model, processor, watched, ("caption", "count", "detect"))
+        found = scores(asked, watched, None)
+        samples[:] = [f"{one.example.prompt}: {one.answer}" for one in asked[:2]]
+        return {name: figure(name, found[name]) for name in FIGURES}
+
+    every = max(1, recipe.steps // 5)
+    fit(
+        trainer,
+        RunFolder(out),
+        every=every,
+        evaluate=evaluate,
+        samples=lambda: samples,
+    )
+    return trainer.rows
+
+
+def summary(recipe: Recipe, found: dict[str, list[Rows]]) -> dict:
+    """Mean, lowest and highest of the seeds, for each arm and figure, at the end."""
+    arms = {}
+    for arm, runs in found.items():
+        arms[arm] = {"curves": runs}
+        for name in FIGURES:
+            ends = [rows[-1][name] for rows in runs]
+            mean, low, high = statistics.fmean(ends), min(ends), max(ends)
+            arms[arm][name] = {"mean": mean, "lowest": low, "highest": high}
+    settings = dataclasses.asdict(recipe)
+    del settings["arm"], settings["seed"]
+    return {"recipe": settings, "concepts": CONCEPTS, "arms": arms}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not done yet, and write the summary after each run."""
+    parser = argparse.ArgumentParser(description="Train the arms of chapter 16.")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--watched", type=int, default=Recipe.watched)
+    options = parser.parse_args(arguments)
+    processor = load_processor(FOLDER)
+    found: dict[str, list[Rows]] = {arm: [] for arm in options.arms}
+    shared = {"steps": options.steps, "watched": options.watched}
+    for seed in range(options.seeds):  # every arm once before any comes twice
+        for arm in options.arms:
+            recipe = Recipe(arm=arm, seed=seed, **shared)
+            print(f"arm {arm!r}, seed {seed}", file=sys.stderr, flush=True)
+            folder = options.out / f"{arm.replace(' ', '_')}-{seed}"
+            found[arm].append(train(recipe, folder, processor))
+            done = {arm: runs for arm, runs in found.items() if runs}
+            with written_whole(options.out / "ablations.json") as path:
+                text = json.dumps(summary(recipe, done), indent=1)
+                path.write_text(text + "\n", encoding="utf8")
+    print(f"written: {options.out / 'ablations.json'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The tiny PaliGemma that ships: captions, answers, boxes and masks of emoji.
+
+    python -m pgcore.recipes.tiny --out runs/tiny
+
+Stage 0 is chapter 07's: the image tower of the emoji SigLIP. Here all weights learn,
+on questions about scenes. A picture comes with as many as fit into a row; in the last
+stage with one, which the picture then reads, as it will when the model is asked.
+
+What step n sees depends on the seed and on n alone: start it again with the same
+folder, and it goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait, do not spin
+
+import torch
+from torch import Tensor
+
+from pgcore.grounding import load_mask_codec
+from pgcore.lab.emoji import TRAIN_STYLES
+from pgcore.lab.pretrained import load_emoji_siglip
+from pgcore.lab.scene_language import CAPTION_LANGUAGES, choose_examples
+from pgcore.lab.scenes import compose, images_of, split
+from pgcore.lab.scoring import FIGURES, ask, figure, scores
+from pgcore.lab.tiny_world import SCENES
+from pgcore.paligemma import TINY, PaliGemma
+from pgcore.processing import LOC_TOKENS, Processor, load_processor
+from pgcore.recipes.tiny_tokenizer import FOLDER
+from pgcore.runs import RunFolder
+from pgcore.training import (
+    Mixture,
+    Part,
+    Trainer,
+    TrainingConfig,
+    batch_loss,
+    fit,
+    pack,
+    packed_loss,
+    rsqrt,
+)
+from pgcore.weights import save_pretrained
+
+TRAIN = dataclasses.replace(SCENES, styles=TRAIN_STYLES, variants=64)
+EASY = dataclasses.replace(
+    TRAIN, objects=(1, 1), alone_side=(0.5, 1.0), backgrounds=("plain",), clutter=0
+)
+SOME = dataclasses.replace(TRAIN, objects=(1, 2))
+LEVELS = {"easy": EASY, "some": SOME, "all": TRAIN}
+
+# A kind that is named twice is asked twice as often.
+EASY_KINDS = ("caption", "caption", "presence", "region", "detect")
+KINDS = (
+    *("caption",) * 4,
+    *("count", "presence", "relation", "region"),
+    *("detect",) * 4,
+    *("segment",) * 2,
+)
+ASKED = 8  # questions to choose from; those that fit are used
+EVERY = 500  # steps between looks at the watched scenes, each saved
+WATCHED = 32  # scenes of the validation artist
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, on what, and how.
+
+    steps: in all. easy: of these, the first, on large single things; then harder
+    scenes come in, until `hard` only they are left. alone: the last steps, with one
+    question a row. decay: the last steps, over which the learning rate falls to zero.
+    """
+
+    steps: int = 12_000
+    easy: int = 600
+    hard: int = 3000
+    alone: int = 1200
+    decay: int = 3500
+    pictures: int = 16
+    length: int = 160
+    alone_length: int = 144
+    learning_rate: float = 1.5e-3
+    tower_rate: float = 0.2
+    seed: int = 0
+
+
+def batch_at(recipe: Recipe, processor: Processor, codec, step: int) -> dict:
+    """Draw what a step sees."""
+    alone = step >= recipe.steps - recipe.alone
+    risen = min(1.0, max(0.0, (step - recipe.easy) / (recipe.hard - recipe.easy)))
+    shares = {"easy": (1 - risen) ** 2, "some": 2 * risen * (1 - risen)}
+    levels = Mixture({**shares, "all": risen**2}, recipe.seed)
+    _, stream = split("train", SCENES, recipe.seed)
+    # Pictures never come twice: each step has numbers of its own.
+    first = step * recipe.pictures
+    scenes = [
+        compose(LEVELS[levels.task(number)], stream, number)
+        for number in range(first, first + recipe.pictures)
+    ]
+    kinds = EASY_KINDS if step < recipe.easy else KINDS
+    language = Mixture({"en": 0.7, "all": 0.3}, recipe.seed + 1)
+    asked = []
+    for scene in scenes:
+        only = language.task(scene.index) == "en"
+        chosen = choose_examples(
+            scene,
+            1 if alone else ASKED,
+            kinds,
+            languages=("en",) if only else CAPTION_LANGUAGES,
+            encode_mask=codec,
+        )
+        asked.append([(one.prompt, one.answer) for one in chosen])
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    pixels = 2 * tinted(images_of(scenes), generator) - 1
+    length = recipe.alone_length if alone else recipe.length
+    batch = pack(processor, pixels, asked, length)
+    return read_alone(batch) if alone else batch
+
+
+def tinted(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Another light for each picture."""
+    gain = 0.9 + 0.2 * torch.rand(len(pictures), 3, 1, 1, generator=generator)
+    lift = 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=generator) - 0.04
+    return (pictures * gain + lift).clamp(0, 1)
+
+
+def read_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of one question, which the picture may read: as the model is asked."""
+    question = batch["question"]
+    rest = {name: value for name, value in batch.items() if name != "question"}
+    return rest | {"attention_mask": question >= 0}
+
+
+def loss_of(model: PaliGemma, batch: dict[str, Tensor]) -> Tensor:
+    """Of either kind of batch."""
+    return (
+        packed_loss(model, batch) if "question" in batch else batch_loss(model, batch)
+    )
+
+
+def build(recipe: Recipe, processor: Processor) -> PaliGemma:
+    """The model as the recipe starts it: a tower that sees, and random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = PaliGemma(TINY)
+        table = model.language.embed_tokens.weight
+        first = processor.id_of(LOC_TOKENS[0])
+        with torch.no_grad():
+            neighbours(table[first : first + len(LOC_TOKENS)])
+    siglip, _ = load_emoji_siglip()
+    model.vision.load_state_dict(siglip.vision.state_dict())
+    return model
+
+
+def neighbours(rows: Tensor) -> None:
+    """Make the vectors of places that lie side by side alike, in place.
+
+    Waves of many lengths, turned at random, as large as the rows were: what is
+    learned about one place then holds near it, too.
+    """
+    count, width = rows.shape
+    place = torch.linspace(0, 1, count)[:, None]
+    angles = torch.pi * place * 2 ** torch.linspace(-1, 6.5, width // 2)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    turn, _ = torch.linalg.qr(torch.randn(width, width))
+    size = rows.std() / waves.std()
+    rows.mul_(0.2).add_(waves @ turn, alpha=0.8 * size.item())
+
+
+def learning_rate_share(recipe: Recipe, step: int) -> float:
+    """Up, slowly down as rsqrt does, at last to zero in a line."""
+    left = (recipe.steps - step) / recipe.decay
+    return min(1.0, left) * rsqrt(step, warmup=100, timescale=recipe.steps)
+
+
+class Codes:
+    """``encode_mask`` of ``scene_language``: a mask in, 16 codes out."""
+
+    def __init__(self):
+        self.codec = load_mask_codec()
+
+    def __call__(self, mask) -> list[int]:
+        with torch.no_grad():
+            return self.codec.encode(torch.from_numpy(mask)[None])[0].tolist()
+
+
+def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
+    """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
+    processor, codes = load_processor(FOLDER), Codes()
+    model = build(recipe, processor).to(device)
+    config = TrainingConfig(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        schedule=lambda step: learning_rate_share(recipe, step),
+        parts=(Part(prefix="vision.", rate=recipe.tower_rate, warmup=400),),
+        weight_decay=0.05,
+        bfloat16=True,
+    )
+    trainer = Trainer(
+        model,
+        config,
+        lambda step: batch_at(recipe, processor, codes, step),
+        loss_of,
+        name=repr(recipe),
+    )
+    watched = [compose(*split("validation", SCENES), index) for index in range(WATCHED)]
+
+    def evaluate() -> dict[str, float]:
+        kinds = ("caption", "count", "presence", "relation", "detect", "segment")
+        asked = ask(model, processor, watched, kinds)
+        found = scores(asked, watched, codes.codec)
+        samples[:] = [f"{a.example.prompt}: {a.answer}" for a in asked[:3] + asked[-1:]]
+        return {name: figure(name, found[name]) for name in FIGURES}
+
+    samples: list[str] = []
+    fit(
+        trainer, RunFolder(out), every=EVERY, evaluate=evaluate, samples=lambda: samples
+    )
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, then write what ships."""
+    parser = argparse.ArgumentParser(description="Train the tiny PaliGemma.")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ship", type=Path, help="write the model here as well")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = Recipe(steps=options.steps, seed=options.seed)
+    model = train(recipe, options.out, device)
+    folder = options.ship or options.out / "shipped"
+    save_pretrained(model.cpu(), load_processor(FOLDER), folder)
+    print(f"written: {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A training run on disk: its state, its figures, and what it says while it goes on.
+
+Written by hand, below chapter 16: it knows of no model and of no loss.
+"""
+
+import csv
+import io
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgcore.files import one_line, written_whole
+
+STATE, METRICS = "state.pt", "metrics.csv"
+
+
+class RunFolder:
+    """The folder of a run. Each file in it is whole at any moment.
+
+    state.pt: all that the run needs to go on. metrics.csv: a line a look. Where
+    TensorBoard is installed, its events as well.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state in the place of the one before."""
+        with written_whole(self.folder / STATE) as path:
+            torch.save(dict(state), path)
+
+    def load(self, device: str | torch.device = "cpu") -> dict[str, Any] | None:
+        """The state, or None if there is none yet.
+
+        Raises:
+            ValueError: if the file is not what ``save`` wrote.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            return None
+        try:
+            found = torch.load(path, map_location=device, weights_only=True)
+            if not isinstance(found, dict):
+                raise ValueError(type(found).__name__)
+            return found
+        except Exception as error:  # of zip files, pickles and tensors
+            raise ValueError(
+                f"{path}: expected the state of a run, found: {one_line(error)};"
+                " delete it to start again"
+            ) from None
+
+    def write_metrics(self, rows: Sequence[Mapping[str, float | int]]) -> None:
+        """Write all figures so far; the last row goes to TensorBoard, too."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with written_whole(self.folder / METRICS) as path:
+            path.write_text(table.getvalue(), encoding="utf8")
+        if rows and (board := self._board()) is not None:
+            step = int(rows[-1]["step"])
+            for name, value in rows[-1].items():
+                if name != "step" and math.isfinite(value):
+                    board.add_scalar(name, value, step)
+            board.close()
+
+    def _board(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(str(self.folder / "tensorboard"))
+
+
+class Progress:
+    """Says where a run stands, on standard error.
+
+    steps: of the run. start: where this sitting begins; time left is reckoned from
+    what it has done so far.
+    """
+
+    def __init__(self, steps: int, start: int):
+        self.steps, self.start, self.begun = steps, start, time.monotonic()
+
+    def say(self, step: int, figures: Mapping[str, float | int]) -> None:
+        """One line: the step, its figures, the time left."""
+        spent = time.monotonic() - self.begun
+        left = spent / max(1, step - self.start) * (self.steps - step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        print(
+            f"step {step} of {self.steps}  {shown}  {_duration(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def fit(
+    trainer: Any,
+    folder: RunFolder,
+    *,
+    every: int,
+    evaluate: Callable[[], Mapping[str, float | int]] = dict,
+    samples: Callable[[], Sequence[str]] = tuple,
+) -> None:
+    """Train to the last step, from where a run in this folder stopped.
+
+    trainer: has model, config.steps, device, step, rows, and the methods train_step,
+    state and restore, as ``pgcore.training.Trainer``. every: updates between looks. At
+    each, ``evaluate`` gives figures, ``samples`` lines that are printed, and all is
+    written down, the state last: a run that is stopped in between does the last
+    updates again.
+
+    Raises:
+        ValueError: for ``every`` below 1, for a state of another run, and as
+            ``train_step``.
+    """
+    if every < 1:
+        raise ValueError(f"every: expected at least 1, found {every}")
+    if (state := folder.load(trainer.device)) is not None:
+        trainer.restore(state)
+    steps, recent = trainer.config.steps, []
+    progress = Progress(steps, trainer.step)
+    while trainer.step < steps:
+        trainer.model.train()
+        recent.append(trainer.train_step())
+        if trainer.step % every and trainer.step != steps:
+            continue
+        means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
+        recent = []
+        trainer.model.eval()
+        figures = {**means, **evaluate()}
+        trainer.rows.append({"step": trainer.step, **figures})
+        progress.say(trainer.step, figures)
+        for line in samples():
+            print(f"  {line}", flush=True)
+        folder.write_metrics(trainer.rows)
+        folder.save(trainer.state())

@@ -1,0 +1,102 @@
+"""The recipe of the ablations: each arm differs from the first in one thing."""
+
+import json
+
+import pytest
+import torch
+
+from pgcore.generation import prefill
+from pgcore.processing import load_processor
+from pgcore.recipes.ablations import (
+    ARMS,
+    FIGURES,
+    Recipe,
+    batch_at,
+    build,
+    main,
+    read_as_trained,
+)
+from pgcore.recipes.tiny_tokenizer import FOLDER
+
+PROCESSOR = load_processor(FOLDER)
+
+
+def test_models_of_the_arms_differ_in_what_their_names_say():
+    plain = build(Recipe(arm="as it is", seed=0), PROCESSOR).state_dict()
+    for arm in ARMS[1:]:
+        found = build(Recipe(arm=arm, seed=0), PROCESSOR).state_dict()
+        other = {name for name in plain if not torch.equal(plain[name], found[name])}
+        expected = {
+            "tower frozen": set(),
+            "causal": set(),
+            "projector at random": {"projector.linear.weight"},
+            "weak positions": {"vision.positions"},
+        }
+        if arm == "no SigLIP":
+            assert other and all(name.startswith("vision.") for name in other)
+            assert "vision.positions" in other
+        else:
+            assert other == expected[arm], arm
+    seeded = build(Recipe(arm="as it is", seed=1), PROCESSOR).state_dict()
+    assert torch.equal(plain["vision.positions"], seeded["vision.positions"])
+    key = "language.embed_tokens.weight"
+    assert not torch.equal(plain[key], seeded[key])
+
+
+def test_batches_differ_by_seed_and_step_and_the_causal_ones_by_their_mask():
+    def batch(arm="as it is", seed=0, step=0):
+        return batch_at(Recipe(arm=arm, seed=seed, rows=3), PROCESSOR, step)
+
+    plain, causal = batch(), batch("causal")
+    for name in ("pixel_values", "input_ids", "labels", "attention_mask"):
+        assert torch.equal(plain[name], causal[name])
+    assert torch.equal(causal["suffix_mask"], causal["attention_mask"])
+    assert torch.equal(plain["suffix_mask"], plain["labels"] != -100)
+    for other in (batch(seed=1), batch(step=1)):
+        assert not torch.equal(plain["pixel_values"], other["pixel_values"])
+
+
+def test_the_causal_arm_is_asked_as_it_was_trained():
+    """Its prefill must give the logits of its training forward."""
+    recipe = Recipe(arm="causal", seed=0, rows=2)
+    model = build(Recipe(arm="projector at random", seed=0), PROCESSOR).eval()
+    batch = batch_at(recipe, PROCESSOR, 0)
+    first = int((batch["labels"][0] != -100).nonzero()[0])
+    row = {name: value[:1] for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        expected = model(**row).logits[0, first - 1]
+        prefix = {
+            name: value[:, :first] if name != "pixel_values" else value
+            for name, value in row.items()
+            if name != "suffix_mask"
+        }
+        with read_as_trained("causal"):
+            found = prefill(model, prefix, first)[0][0]
+        other = prefill(model, prefix, first)[0][0]
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5 * scale
+    assert (other - expected).abs().max() > 1e-2 * scale
+
+
+def test_the_command_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arms = ["as it is", "tower frozen"]
+    options = ["--out", str(tmp_path), "--steps", "1", "--watched", "1", "--arms"]
+    main([*options, *arms, "--seeds", "1"])
+    table = json.loads((tmp_path / "ablations.json").read_text())
+    assert list(table["arms"]) == arms and table["recipe"]["steps"] == 1
+    capsys.readouterr()
+    main([*options, *arms, "--seeds", "2"])
+    again = json.loads((tmp_path / "ablations.json").read_text())
+    assert capsys.readouterr().err.count("step 1 of 1") == 2  # of the new seed alone
+    for arm in arms:
+        assert again["arms"][arm]["curves"][0] == table["arms"][arm]["curves"][0]
+        for name in FIGURES:
+            figure = again["arms"][arm][name]
+            assert figure["lowest"] <= figure["mean"] <= figure["highest"]
+
+
+def test_an_unknown_arm_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--arms", "no legs"])
+    assert "no legs" in capsys.readouterr().err

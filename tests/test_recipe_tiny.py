@@ -1,0 +1,105 @@
+"""The recipe of the tiny model: what it draws, how it starts, how it goes on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from pgcore.lab.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
+from pgcore.lab.pretrained import load_emoji_siglip
+from pgcore.processing import IGNORE, load_processor
+from pgcore.recipes import tiny
+from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, loss_of, train
+from pgcore.recipes.tiny_tokenizer import FOLDER
+
+SMALL = Recipe(steps=6, easy=2, hard=4, alone=2, decay=3, pictures=2)
+PROCESSOR = load_processor(FOLDER)
+
+
+def codes(mask):
+    return [int(1000 * np.asarray(mask).mean()) % 128] * 16
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_batch_depends_on_its_step_alone(step):
+    batch = batch_at(SMALL, PROCESSOR, codes, step)
+    assert same(batch, batch_at(SMALL, PROCESSOR, codes, step))
+    other = batch_at(SMALL, PROCESSOR, codes, (step + 1) % 6)
+    assert not torch.equal(batch["pixel_values"], other["pixel_values"])
+    assert batch["pixel_values"].abs().max() <= 1
+
+
+def test_another_seed_draws_other_pictures():
+    other = dataclasses.replace(SMALL, seed=1)
+    one, two = (batch_at(recipe, PROCESSOR, codes, 0) for recipe in (SMALL, other))
+    assert not torch.equal(one["pixel_values"], two["pixel_values"])
+
+
+def test_the_recipe_never_draws_what_it_is_tested_on():
+    for settings in LEVELS.values():
+        assert settings.styles == TRAIN_STYLES
+        assert TEST_STYLE not in settings.styles
+        assert VALIDATION_STYLE not in settings.styles
+
+
+def test_the_last_steps_ask_one_question_a_row():
+    packed, alone = (batch_at(SMALL, PROCESSOR, codes, step) for step in (3, 4))
+    assert packed["question"].max() > 2
+    assert "question" not in alone
+    edges = (alone["labels"] != IGNORE).diff(dim=1).sum(dim=1)
+    assert (edges <= 2).all()  # one answer begins and ends, and none comes behind it
+
+
+def test_it_starts_with_the_tower_of_chapter_07_and_places_like_their_neighbours():
+    model = build(SMALL, PROCESSOR)
+    tower = load_emoji_siglip()[0].vision.state_dict()
+    assert same(model.vision.state_dict(), tower)
+    table = model.language.embed_tokens.weight.detach()
+    first = PROCESSOR.id_of("<loc0000>")
+    places = torch.nn.functional.normalize(table[first : first + 1024], dim=1)
+    near = (places[:-1] * places[1:]).sum(1).mean()
+    far = (places[:-300] * places[300:]).sum(1).mean()
+    assert near > 0.9 and abs(far) < 0.3
+    words = table[300:1900].std()
+    assert table[first : first + 1024].std() == pytest.approx(words.item(), rel=0.2)
+
+
+def test_the_rate_rises_falls_and_ends_at_zero():
+    recipe = Recipe()
+    shares = [tiny.learning_rate_share(recipe, n) for n in range(recipe.steps)]
+    assert shares[0] < 0.02 and max(shares) == pytest.approx(1, abs=0.01)
+    assert shares[-1] < 0.001
+    assert all(a >= b for a, b in zip(shares[100:], shares[101:], strict=False))
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "EVERY", 2)
+    monkeypatch.setattr(tiny, "WATCHED", 1)
+    whole = train(SMALL, tmp_path / "whole", "cpu")
+
+    class Stopped(Exception):
+        pass
+
+    calls = []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Stopped
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(tiny, "loss_of", stops)
+    with pytest.raises(Stopped):
+        train(SMALL, tmp_path / "parts", "cpu")
+    monkeypatch.setattr(tiny, "loss_of", loss_of)
+    parts = train(SMALL, tmp_path / "parts", "cpu")
+    assert same(whole.state_dict(), parts.state_dict())
+    lines = (tmp_path / "whole" / "metrics.csv").read_text()
+    assert lines == (tmp_path / "parts" / "metrics.csv").read_text()
