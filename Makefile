@@ -6,6 +6,8 @@
 #   make lab        open the chapters in JupyterLab
 #   make chapters   export modules, execute stale notebooks, normalise (CH=02 for one)
 #   make siglip     train the emoji SigLIP that ships (an hour and more; go on by repeating)
+#   make tiny       train the tiny PaliGemma (hours; go on by repeating)
+#   make eval-tiny  score it on scenes that it has not seen
 #   make colab      run the chapters as Colab does (CH=02 for one)
 #   make bench      measure pgcore beside transformers (half an hour, on a quiet machine)
 #   make soak       the slow checks: every page at every size, many more random cases
@@ -28,8 +30,8 @@ export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: book serve test lint unit notebooks pages lab chapters siglip colab bench soak \
-	links clean
+.PHONY: book serve test lint unit notebooks pages lab chapters siglip tiny eval-tiny \
+	colab bench soak links clean
 .DEFAULT_GOAL := book
 .NOTPARALLEL: # one environment, two cores
 
@@ -71,6 +73,13 @@ chapters: .venv/.dev
 
 siglip: .venv/.lab
 	$(BIN)/python -m pgcore.recipes.emoji_siglip --out runs/emoji_siglip
+
+tiny: .venv/.lab
+	$(BIN)/python -m pgcore.recipes.tiny --out runs/tiny
+
+eval-tiny: .venv/.lab
+	$(BIN)/python -m pgcore.recipes.tiny_eval --model runs/tiny/shipped \
+		--out runs/tiny/scores.json
 
 colab: .venv/.dev
 	PGCORE_COLAB="$(or $(CH),all)" $(PYTEST) tests/test_colab.py

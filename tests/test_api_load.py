@@ -24,12 +24,14 @@ from pgcore.api import (
 )
 from pgcore.paligemma import PaliGemma, PaliGemmaConfig
 from pgcore.processing import Processor
+from pgcore.weights import save_pretrained
 from tests.checkpoints import (
     GEMMA1,
     GEMMA2,
     VISION,
     is_one_short_line,
     tiny_config,
+    tiny_model,
     tiny_processor,
     write_checkpoint,
 )
@@ -319,6 +321,15 @@ def test_the_dtype_is_the_one_asked_for(dtype, expected, written):
     weights = written[1].state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name].to(expected))
+
+
+def test_a_cpu_reads_float16_as_float32_unless_told_otherwise(tmp_path):
+    """It multiplies float16 slowly; the shipped model is stored so."""
+    folder = tmp_path / "half"
+    save_pretrained(tiny_model(GEMMA1).half(), tiny_processor(), folder)
+    for dtype, expected in (("auto", torch.float32), ("float16", torch.float16)):
+        model, _ = load(folder, device="cpu", dtype=dtype)
+        assert {weight.dtype for weight in model.parameters()} == {expected}
 
 
 @pytest.mark.parametrize(

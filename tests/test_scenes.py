@@ -65,6 +65,7 @@ GOLDEN = {
         "f1554358f902a54ada296a29fd33066a1879fca8c49c5e166e36f38339e1c209",
     ),
 }
+BENT_SHA256 = "8cdd1734d2d4c31f6011474957b9d53bb7ff320e610589b6d16e2e43c1ccb498"
 HELD_OUT_SHA256 = "966d6abdcc1e875e630a4623f3f4ddda815ff59624466e27513554a2a6ba5ae5"
 PRINT_DIGEST = """
 import hashlib
@@ -102,6 +103,11 @@ def pairs_in(scene: Scene) -> set[tuple[str, ...]]:
 def test_scenes_never_change(name):
     changes, golden = GOLDEN[name]
     assert digest_of(compose_batch(SceneSettings(**changes), 3, 0, 100)) == golden
+
+
+def test_bent_drawings_never_change():
+    """The tiny model trains on them."""
+    assert digest_of(compose_batch(SceneSettings(variants=64), 3, 0, 50)) == BENT_SHA256
 
 
 def test_a_fresh_process_draws_the_same_bytes():
@@ -159,6 +165,41 @@ def test_draws_keep_their_bounds():
     assert len(orders) == 6 and min(orders.values()) > 150
 
 
+# Drawings that are bent
+
+
+def test_a_variant_bends_a_drawing_and_number_0_does_not():
+    plain = sprite("noto", 7, 40)
+    assert np.array_equal(plain.colour, sprite("noto", 7, 40, 0).colour)
+    bent = [sprite("noto", 7, 40, number) for number in range(1, 9)]
+    masks = {one.mask.tobytes() for one in (plain, *bent)}
+    assert len(masks) == 9
+    for one in bent:
+        shared = (one.mask & plain.mask).sum() / (one.mask | plain.mask).sum()
+        mirrored = one.mask[:, ::-1]
+        turned = (mirrored & plain.mask).sum() / (mirrored | plain.mask).sum()
+        assert max(shared, turned) > 0.5  # still the same thing
+        assert (one.colour <= 255 - one.clear).all()  # no colour above its alpha
+
+
+def test_nothing_of_a_bent_drawing_is_cut_off():
+    for cell in range(0, 500, 25):
+        for number in range(1, 6):
+            mask = sprite("fluent", cell, 64, number).mask
+            edges = mask[0], mask[-1], mask[:, 0], mask[:, -1]
+            assert not any(edge.all() for edge in edges)
+
+
+@pytest.mark.parametrize(("variants", "fewest", "most"), [(1, 1, 1), (8, 5, 8)])
+def test_scenes_show_as_many_forms_as_they_are_told(variants, fewest, most):
+    settings = SceneSettings(
+        styles=("noto",), concepts=("cat",), objects=(1, 1), alone_side=(0.5, 0.5),
+        variants=variants,
+    )  # fmt: skip
+    cats = [compose(settings, 0, index).objects[0] for index in range(40)]
+    assert fewest <= len({int(cat.mask.sum()) for cat in cats}) <= most
+
+
 # Boxes, masks, counts
 
 
@@ -180,6 +221,7 @@ def some_settings(draw) -> dict:
         same_kind=draw(st.sampled_from([0.0, 0.3, 1.0])),
         backgrounds=tuple(draw(st.sets(st.sampled_from(BACKGROUNDS), min_size=1))),
         pairs=draw(st.sampled_from(["seen", "any"])),
+        variants=draw(st.sampled_from([1, 1, 40])),
     )
 
 

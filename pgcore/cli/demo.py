@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     asked = answers(model, processor, scene)
     marks = {True: "right", False: "wrong", None: "drawn"}
     for one in asked:
-        print(f"{marks[is_right(one)]}  {one.example.prompt:<40} {one.answer}")
+        said = " ".join(one.answer.split())  # a line each, whatever it writes
+        print(f"{marks[is_right(one)]}  {one.example.prompt:<40} {said}")
     with written_whole(options.out) as path:
         picture(scene, asked).save(path, format=kind)
     print(f"pgcore: written: {options.out}", file=sys.stderr)

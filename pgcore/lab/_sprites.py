@@ -78,7 +78,7 @@ def _bent(original: Image.Image, draws: Draws) -> Image.Image:
 
 def _square_around(mask: Bool[np.ndarray, "n n"]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the square that holds a mask, and a pixel more."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     ends = (int(columns[0]), int(columns[-1])), (int(rows[0]), int(rows[-1]))
     side = max(high - low for low, high in ends) + 3
     left, top = ((low + high + 1 - side) // 2 for low, high in ends)

@@ -106,7 +106,7 @@ def answers(
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 

@@ -137,12 +137,12 @@ def measure() -> dict[str, list[list[float]]]:
     return times
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write what chapter 09 plots."""
     parser = argparse.ArgumentParser(description="Time one more token.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--machine", default="one core of a server CPU")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # two threads wait for each other on a busy machine
     version = torch.__version__.split("+")[0]
     milliseconds = measure()

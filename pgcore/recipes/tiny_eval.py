@@ -4,7 +4,7 @@
 
 On scenes that no training has seen: of the known artists, and of the test artist. The
 others are the same model with its eyes shut (a grey picture: what can be guessed),
-and the nearest drawing in each window. ``--model NAME=FOLDER`` adds a model.
+and the nearest drawing in each window. ``--beside NAME=FOLDER`` adds a model.
 """
 
 import argparse
@@ -102,11 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=1000, help="of each split")
     parser.add_argument("--matched", type=int, default=200, help="for the drawings")
+    parser.add_argument("--model", default="tiny", help="tiny, or its folder")
     parser.add_argument(
-        "--model", action="append", default=[], metavar="NAME=FOLDER", help="one more"
+        "--beside", action="append", default=[], metavar="NAME=FOLDER", help="one more"
     )
     options = parser.parse_args(arguments)
-    models = dict(one.split("=", 1) for one in ["tiny=tiny", *options.model])
+    models = dict(
+        one.split("=", 1) for one in [f"tiny={options.model}", *options.beside]
+    )
     report: dict[str, Any] = {"scenes": options.scenes, "matched": options.matched}
     report["splits"] = {
         name: compared(name, models, options.scenes, options.matched) for name in SPLITS

@@ -7,6 +7,7 @@ The same scenes give the same files. Chapter 11 trains it, too.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from pgcore.lab.emoji import names
@@ -47,11 +48,11 @@ def build() -> Processor:
     return Processor(tokenizer, IMAGE_SIZE, IMAGE_TOKENS)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write what ships: the tokenizer and the settings, each file whole."""
     parser = argparse.ArgumentParser(description="Train the tiny model's tokenizer.")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     build().save(options.out)
 

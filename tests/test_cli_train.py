@@ -1,0 +1,93 @@
+"""``pgcore train`` and ``pgcore demo``, as a user meets them."""
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from pgcore.cli import main
+from pgcore.cli.train import recipes
+from pgcore.lab.demo import answers, is_right, picture, questions, scene_of
+from pgcore.lab.scenes import Scene
+from pgcore.lab.scoring import Asked
+from pgcore.lab.tiny_world import running_example
+from pgcore.processing import load_processor
+from pgcore.recipes import tiny_tokenizer
+from pgcore.recipes.tiny import Recipe, build
+from pgcore.weights import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The tiny model before its first step: it answers, and nothing right."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    processor = load_processor(tiny_tokenizer.FOLDER)
+    save_pretrained(build(Recipe(), processor), processor, folder)
+    return folder
+
+
+def test_without_a_recipe_all_are_listed_with_what_they_make(capsys):
+    assert main(["train"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipes())
+    assert {"tiny", "emoji_siglip", "mask_codes"} <= recipes().keys()
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_an_unknown_recipe_is_one_line_and_code_2(capsys):
+    assert main(["train", "huge"]) == 2
+    assert capsys.readouterr().err.startswith("pgcore: recipe: expected one of ")
+
+
+def test_a_recipe_gets_its_own_options(tmp_path, capsys):
+    assert main(["train", "tiny_tokenizer", "--out", str(tmp_path)]) == 0
+    shipped = tiny_tokenizer.FOLDER / "tokenizer.json"
+    assert (tmp_path / "tokenizer.json").read_bytes() == shipped.read_bytes()
+
+
+def test_every_recipe_has_a_command_line():
+    import importlib
+
+    for name in recipes():
+        assert callable(importlib.import_module(f"pgcore.recipes.{name}").main)
+
+
+def test_the_demo_asks_everything_and_draws_it(checkpoint, tmp_path, capsys):
+    out = tmp_path / "demo.png"
+    assert main(["demo", "--model", str(checkpoint), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(questions(running_example()))
+    assert {line.split()[0] for line in said} <= {"right", "wrong", "drawn"}
+    with Image.open(out) as image:
+        assert image.width > 2 * 384 and image.height > 384
+
+
+def test_the_demo_refuses_other_files_before_it_loads(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "demo.txt")]) == 2
+    assert "expected a .png or .jpg" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seed_gives_the_same_scene_and_another_another():
+    assert (scene_of(3).image == scene_of(3).image).all()
+    assert (scene_of(3).image != scene_of(4).image).any()
+    assert (scene_of(None).image == running_example().image).all()
+
+
+def test_a_right_answer_is_called_right():
+    scene: Scene = running_example()
+    for example in questions(scene):
+        right = Asked(0, example, example.answer or "", [], [])
+        wrong = dataclasses.replace(right, answer="a zebra")
+        if example.kind in ("detect", "segment"):
+            assert is_right(right) is None
+        else:
+            assert is_right(right) and not is_right(wrong)
+
+
+def test_a_scene_of_one_thing_can_be_drawn(checkpoint):
+    from pgcore import load
+
+    scene = next(s for s in map(scene_of, range(20)) if len(s.objects) == 1)
+    asked = answers(*load(checkpoint), scene)
+    assert picture(scene, asked).mode == "RGB"
