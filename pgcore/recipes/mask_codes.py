@@ -38,6 +38,7 @@ from pgcore.recipes._masks import (
     sprite_masks,
     training_masks,
 )
+from pgcore.runs import Progress
 
 STEPS = 3600
 
@@ -169,6 +170,7 @@ def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], state: Path) -> Run:
     if state.exists():
         run.resume(state)
         print(f"going on after step {run.step}", file=sys.stderr)
+    progress = Progress(recipe.steps, run.step)
     for _ in range(run.step, recipe.steps):
         errors.append(run.train_one_step())
         if run.step % EVERY == 0 or run.step == recipe.steps:
@@ -177,11 +179,7 @@ def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], state: Path) -> Run:
             run.log.append({key: round(value, 4) for key, value in entry.items()})
             errors = []
             run.save(state)
-            print(
-                f"step {run.step} of {recipe.steps}  error {entry['error']:.3f}"
-                f"  IoU {entry['iou']:.1%}  {entry['codes']} codes",
-                flush=True,
-            )
+            progress.say(run.step, entry)
     return run
 
 
