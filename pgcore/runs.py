@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from pgcore.files import one_line, written_whole
 
@@ -77,6 +78,37 @@ class RunFolder:
         except ImportError:
             return None
         return SummaryWriter(str(self.folder / "tensorboard"))
+
+
+class Ahead:
+    """``batch_at``, made by another process while the model learns from the last one.
+
+    batch_at: the n-th batch, from n alone; a function of a module, or a ``partial`` of
+    one, so that the other process finds it. steps: of the run. Asked for batches out of
+    order, it begins anew from there.
+    """
+
+    def __init__(self, batch_at: Callable[[int], Any], steps: int):
+        self.batches, self.steps = _Batches(batch_at), steps
+        self.next, self.drawn = None, None
+
+    def __call__(self, step: int) -> Any:
+        """The batch of a step."""
+        if step != self.next:
+            coming = range(step, self.steps)
+            self.drawn = iter(
+                DataLoader(self.batches, None, sampler=coming, num_workers=1)
+            )
+        self.next = step + 1
+        return next(self.drawn)
+
+
+class _Batches(Dataset):
+    def __init__(self, batch_at: Callable[[int], Any]):
+        self.batch_at = batch_at
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batch_at(step)
 
 
 class Progress:

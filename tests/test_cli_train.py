@@ -8,6 +8,7 @@ from PIL import Image
 from pgcore.cli import main
 from pgcore.cli.train import recipes
 from pgcore.lab.demo import answers, is_right, picture, questions, scene_of
+from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.lab.scenes import Scene
 from pgcore.lab.scoring import Asked
 from pgcore.lab.tiny_world import running_example
@@ -22,7 +23,8 @@ def checkpoint(tmp_path_factory):
     """The tiny model before its first step: it answers, and nothing right."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     processor = load_processor(tiny_tokenizer.FOLDER)
-    save_pretrained(build(Recipe(), processor), processor, folder)
+    model = build(Recipe(), processor, load_emoji_siglip()[0].vision)
+    save_pretrained(model, processor, folder)
     return folder
 
 

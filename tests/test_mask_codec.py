@@ -483,7 +483,7 @@ def test_the_command_trains_and_writes_what_ships(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(mask_codes, "PLAIN", mask_codes.PLAIN | {"steps": 2})
     monkeypatch.setattr(mask_codes, "scenes_of", lambda *_: scenes_of("train", 64, 2))
     main(["--out", str(tmp_path), "--steps", "4"])
-    assert "step 4 of 4" in capsys.readouterr().out
+    assert "step 4 of 4" in capsys.readouterr().err
     codec = load_mask_codec(tmp_path / "shipped")
     assert codec.config == SMALL and isinstance(codec.encoder[0], nn.Conv2d)
     log = json.loads((tmp_path / "shipped" / "training.json").read_text())

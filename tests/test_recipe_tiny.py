@@ -9,11 +9,14 @@ import torch
 from pgcore.lab.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
 from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.processing import IGNORE, load_processor
-from pgcore.recipes import tiny
+from pgcore.recipes import tiny, tiny_tower
 from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, loss_of, train
 from pgcore.recipes.tiny_tokenizer import FOLDER
 
-SMALL = Recipe(steps=6, easy=2, hard=4, alone=2, decay=3, pictures=2)
+TOWER = tiny_tower.Recipe(steps=2, decay=1, pictures=2)
+SMALL = Recipe(
+    tower=TOWER, steps=6, easy=2, hard=4, alone=2, decay=3, pictures=2
+)  # fmt: skip
 PROCESSOR = load_processor(FOLDER)
 
 
@@ -57,10 +60,10 @@ def test_the_last_steps_ask_one_question_a_row():
     assert (edges <= 2).all()  # one answer begins and ends, and none comes behind it
 
 
-def test_it_starts_with_the_tower_of_chapter_07_and_places_like_their_neighbours():
-    model = build(SMALL, PROCESSOR)
-    tower = load_emoji_siglip()[0].vision.state_dict()
-    assert same(model.vision.state_dict(), tower)
+def test_it_starts_with_the_tower_and_places_like_their_neighbours():
+    tower = load_emoji_siglip()[0].vision
+    model = build(SMALL, PROCESSOR, tower)
+    assert same(model.vision.state_dict(), tower.state_dict())
     table = model.language.embed_tokens.weight.detach()
     first = PROCESSOR.id_of("<loc0000>")
     places = torch.nn.functional.normalize(table[first : first + 1024], dim=1)

@@ -35,3 +35,12 @@ def augment(
     grey = pictures.mean(1, keepdim=True)
     pictures = grey + (pictures - grey) * around(1.0, 0.2, 1, 1, 1)
     return pictures.clamp(0, 1)
+
+
+def tinted(
+    pictures: Float[Tensor, "B C R R"], generator: torch.Generator
+) -> Float[Tensor, "B C R R"]:
+    """Show each picture in another light."""
+    gain = 0.9 + 0.2 * torch.rand(len(pictures), 3, 1, 1, generator=generator)
+    lift = 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=generator) - 0.04
+    return (pictures * gain + lift).clamp(0, 1)

@@ -174,12 +174,12 @@ def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], state: Path) -> Run:
     for _ in range(run.step, recipe.steps):
         errors.append(run.train_one_step())
         if run.step % EVERY == 0 or run.step == recipe.steps:
-            entry = {"step": run.step, "error": sum(errors) / len(errors)}
-            entry |= measure_sprites(run.codec, watched)
+            error, errors = sum(errors) / len(errors), []
+            figures = {"error": error, **measure_sprites(run.codec, watched)}
+            entry = {"step": run.step, **figures}
             run.log.append({key: round(value, 4) for key, value in entry.items()})
-            errors = []
             run.save(state)
-            progress.say(run.step, entry)
+            progress.say(run.step, figures)
     return run
 
 

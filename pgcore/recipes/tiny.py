@@ -2,9 +2,10 @@
 
     python -m pgcore.recipes.tiny --out runs/tiny
 
-Stage 0 is chapter 07's: the image tower of the emoji SigLIP. Here all weights learn,
-on questions about scenes. A picture comes with as many as fit into a row; in the last
-stage with one, which the picture then reads, as it will when the model is asked.
+Stage 0 is chapter 07's: the image tower of the emoji SigLIP. Then it learns to see
+small things, patch by patch: ``pgcore.recipes.tiny_tower``. Then all weights learn, on
+questions about scenes. A picture comes with as many as fit into a row; in the last
+steps with one, which the picture then reads, as it will when the model is asked.
 
 What step n sees depends on the seed and on n alone: start it again with the same
 folder, and it goes on where it was stopped.
@@ -12,6 +13,7 @@ folder, and it goes on where it was stopped.
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -23,16 +25,17 @@ import torch
 from torch import Tensor
 
 from pgcore.grounding import load_mask_codec
-from pgcore.lab.emoji import TRAIN_STYLES
-from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.lab.scene_language import CAPTION_LANGUAGES, choose_examples
 from pgcore.lab.scenes import compose, images_of, split
 from pgcore.lab.scoring import FIGURES, ask, figure, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.paligemma import TINY, PaliGemma
 from pgcore.processing import LOC_TOKENS, Processor, load_processor
+from pgcore.recipes import tiny_tower
+from pgcore.recipes._pictures import tinted
 from pgcore.recipes.tiny_tokenizer import FOLDER
-from pgcore.runs import RunFolder
+from pgcore.recipes.tiny_tower import TRAIN
+from pgcore.runs import Ahead, RunFolder
 from pgcore.training import (
     Mixture,
     Part,
@@ -44,9 +47,9 @@ from pgcore.training import (
     packed_loss,
     rsqrt,
 )
+from pgcore.vision import VisionTower
 from pgcore.weights import save_pretrained
 
-TRAIN = dataclasses.replace(SCENES, styles=TRAIN_STYLES, variants=64)
 EASY = dataclasses.replace(
     TRAIN, objects=(1, 1), alone_side=(0.5, 1.0), backgrounds=("plain",), clutter=0
 )
@@ -70,14 +73,16 @@ WATCHED = 32  # scenes of the validation artist
 class Recipe:
     """What is trained, on what, and how.
 
-    steps: in all. easy: of these, the first, on large single things; then harder
-    scenes come in, until `hard` only they are left. alone: the last steps, with one
-    question a row. decay: the last steps, over which the learning rate falls to zero.
+    tower: how its tower is trained first. steps: in all, after that. easy: of these,
+    the first, on large single things; then harder scenes come in, until `hard` only
+    they are left. alone: the last steps, with one question a row. decay: the last
+    steps, over which the learning rate falls to zero.
     """
 
+    tower: tiny_tower.Recipe = tiny_tower.Recipe()
     steps: int = 12_000
-    easy: int = 600
-    hard: int = 3000
+    easy: int = 300
+    hard: int = 1500
     alone: int = 1200
     decay: int = 3500
     pictures: int = 16
@@ -121,13 +126,6 @@ def batch_at(recipe: Recipe, processor: Processor, codec, step: int) -> dict:
     return read_alone(batch) if alone else batch
 
 
-def tinted(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Another light for each picture."""
-    gain = 0.9 + 0.2 * torch.rand(len(pictures), 3, 1, 1, generator=generator)
-    lift = 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=generator) - 0.04
-    return (pictures * gain + lift).clamp(0, 1)
-
-
 def read_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rows of one question, which the picture may read: as the model is asked."""
     question = batch["question"]
@@ -142,7 +140,7 @@ def loss_of(model: PaliGemma, batch: dict[str, Tensor]) -> Tensor:
     )
 
 
-def build(recipe: Recipe, processor: Processor) -> PaliGemma:
+def build(recipe: Recipe, processor: Processor, tower: VisionTower) -> PaliGemma:
     """The model as the recipe starts it: a tower that sees, and random numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -151,8 +149,7 @@ def build(recipe: Recipe, processor: Processor) -> PaliGemma:
         first = processor.id_of(LOC_TOKENS[0])
         with torch.no_grad():
             neighbours(table[first : first + len(LOC_TOKENS)])
-    siglip, _ = load_emoji_siglip()
-    model.vision.load_state_dict(siglip.vision.state_dict())
+    model.vision.load_state_dict(tower.state_dict())
     return model
 
 
@@ -191,22 +188,19 @@ class Codes:
 def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
     """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
     processor, codes = load_processor(FOLDER), Codes()
-    model = build(recipe, processor).to(device)
+    tower = tiny_tower.train(recipe.tower, out / "tower", device)
+    model = build(recipe, processor, tower).to(device)
     config = TrainingConfig(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        schedule=lambda step: learning_rate_share(recipe, step),
+        schedule=functools.partial(learning_rate_share, recipe),
         parts=(Part(prefix="vision.", rate=recipe.tower_rate, warmup=400),),
         weight_decay=0.05,
         bfloat16=True,
     )
-    trainer = Trainer(
-        model,
-        config,
-        lambda step: batch_at(recipe, processor, codes, step),
-        loss_of,
-        name=repr(recipe),
-    )
+    draw = functools.partial(batch_at, recipe, processor, codes)
+    batches = Ahead(draw, recipe.steps)
+    trainer = Trainer(model, config, batches, loss_of, name=repr(recipe))
     watched = [compose(*split("validation", SCENES), index) for index in range(WATCHED)]
 
     def evaluate() -> dict[str, float]:
@@ -218,7 +212,11 @@ def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
 
     samples: list[str] = []
     fit(
-        trainer, RunFolder(out), every=EVERY, evaluate=evaluate, samples=lambda: samples
+        trainer,
+        RunFolder(out / "mixture"),
+        every=EVERY,
+        evaluate=evaluate,
+        samples=lambda: samples,
     )
     return model
 
@@ -227,12 +225,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, then write what ships."""
     parser = argparse.ArgumentParser(description="Train the tiny PaliGemma.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--tower-steps", type=int, default=tiny_tower.Recipe.steps)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ship", type=Path, help="write the model here as well")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    recipe = Recipe(steps=options.steps, seed=options.seed)
+    tower = tiny_tower.Recipe(steps=options.tower_steps, seed=options.seed)
+    recipe = Recipe(tower=tower, steps=options.steps, seed=options.seed)
     model = train(recipe, options.out, device)
     folder = options.ship or options.out / "shipped"
     save_pretrained(model.cpu(), load_processor(FOLDER), folder)
