@@ -80,6 +80,19 @@ class RunFolder:
         return SummaryWriter(str(self.folder / "tensorboard"))
 
 
+def require_same_run(state: Mapping[str, Any], name: str) -> None:
+    """Refuse a state whose ``name`` is another run's.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if (found := state.get("name")) != name:
+        raise ValueError(
+            "state: written by another recipe; use another folder, or the options it"
+            f" was started with: {found}"
+        )
+
+
 class Ahead:
     """``batch_at``, made by another process while the model learns from the last one.
 
@@ -93,7 +106,13 @@ class Ahead:
         self.next, self.drawn = None, None
 
     def __call__(self, step: int) -> Any:
-        """The batch of a step."""
+        """The batch of a step.
+
+        Raises:
+            ValueError: for a step that the run does not have.
+        """
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step}: expected 0 to {self.steps - 1}")
         if step != self.next:
             coming = range(step, self.steps)
             self.drawn = iter(

@@ -444,7 +444,7 @@ def test_training_masks_are_those_of_scenes_and_warped_copies():
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    whole = train(QUICK, pool(), tmp_path / "whole.pt")
+    whole = train(QUICK, pool(), tmp_path / "whole")
     step = Run.train_one_step
 
     def stop_in_the_fifth(run):
@@ -454,18 +454,18 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "train_one_step", stop_in_the_fifth)
     with pytest.raises(KeyboardInterrupt):
-        train(QUICK, pool(), tmp_path / "killed.pt")
+        train(QUICK, pool(), tmp_path / "killed")
     monkeypatch.setattr(Run, "train_one_step", step)
-    resumed = train(QUICK, pool(), tmp_path / "killed.pt")
+    resumed = train(QUICK, pool(), tmp_path / "killed")
     assert whole.log == resumed.log and len(whole.log) == 3
     for name, weight in whole.codec.state_dict().items():
         assert torch.equal(weight, resumed.codec.state_dict()[name]), name
 
 
 def test_a_state_of_another_recipe_is_refused(tmp_path):
-    train(QUICK, pool(), tmp_path / "state.pt")
+    train(QUICK, pool(), tmp_path)
     with pytest.raises(ValueError, match="another recipe"):
-        train(dataclasses.replace(QUICK, seed=1), pool(), tmp_path / "state.pt")
+        train(dataclasses.replace(QUICK, seed=1), pool(), tmp_path)
 
 
 def test_the_learning_rate_rises_stays_and_falls():

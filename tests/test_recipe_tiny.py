@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgcore.api import load
 from pgcore.lab.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
 from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.processing import IGNORE, load_processor
@@ -85,6 +86,7 @@ def test_the_rate_rises_falls_and_ends_at_zero():
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "EVERY", 2)
     monkeypatch.setattr(tiny, "WATCHED", 1)
+    monkeypatch.setattr(tiny_tower, "WATCHED", 2)
     whole = train(SMALL, tmp_path / "whole", "cpu")
 
     class Stopped(Exception):
@@ -104,5 +106,25 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "loss_of", loss_of)
     parts = train(SMALL, tmp_path / "parts", "cpu")
     assert same(whole.state_dict(), parts.state_dict())
-    lines = (tmp_path / "whole" / "metrics.csv").read_text()
-    assert lines == (tmp_path / "parts" / "metrics.csv").read_text()
+    lines = (tmp_path / "whole" / "mixture" / "metrics.csv").read_text()
+    assert lines == (tmp_path / "parts" / "mixture" / "metrics.csv").read_text()
+
+
+def test_what_ships_is_half_as_large_and_comes_with_its_figures(tmp_path, monkeypatch):
+    model = build(SMALL, PROCESSOR, load_emoji_siglip()[0].vision)
+
+    def trained(recipe, out, device):
+        for stage in tiny.STAGES:
+            (out / stage).mkdir(parents=True)
+            (out / stage / "metrics.csv").write_text(f"step\n{stage}\n")
+        return model
+
+    monkeypatch.setattr(tiny, "train", trained)
+    tiny.main(["--out", str(tmp_path), "--steps", "6", "--tower-steps", "2"])
+    shipped = tmp_path / "shipped"
+    assert (shipped / "mixture.csv").read_text() == "step\nmixture\n"
+    assert (shipped / "tower.csv").read_text() == "step\ntower\n"
+    again, _ = load(shipped, device="cpu", dtype="auto")
+    close = dict(again.named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(close[name], weight.half().float())

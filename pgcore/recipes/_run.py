@@ -1,15 +1,15 @@
 """A training run of two towers that survives being stopped."""
 
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from pgcore.attention import Attention
-from pgcore.files import written_whole
+from pgcore.runs import require_same_run
 from pgcore.siglip import SigLIP
 from pgcore.sigmoid import siglip_loss
 
@@ -69,30 +69,23 @@ class Run:
         self.step += 1
         return loss.item()
 
-    def save(self, path: Path) -> None:
-        """Write the state, whole or not at all."""
-        state = {
+    def state(self) -> dict[str, Any]:
+        """All that it needs to go on; write it down before the next step."""
+        return {
             "name": self.name,
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
         }
-        with written_whole(path) as partial:
-            torch.save(state, partial)
 
-    def resume(self, path: Path) -> None:
-        """Go back to a state that ``save`` wrote.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what ``state`` gave.
 
         Raises:
             ValueError: if it belongs to another recipe.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["name"] != self.name:
-            raise ValueError(
-                f"{path} was written by another recipe: use another --out, or the"
-                " options that it was started with"
-            )
+        require_same_run(state, self.name)
         self.step, self.log = state["step"], state["log"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -26,6 +26,7 @@ from pgcore.lab.words import Words, emoji_words
 from pgcore.recipes._pictures import augment
 from pgcore.recipes._run import Batch, Clock, Run
 from pgcore.recipes._watch import film, watch
+from pgcore.runs import RunFolder
 from pgcore.siglip import TINY_TEXT, SigLIP, TextConfig
 from pgcore.vision import TINY
 
@@ -162,14 +163,12 @@ def build(recipe: Recipe, words: Words, device: str) -> Run:
 
 def train(recipe: Recipe, out: Path, device: str) -> tuple[SigLIP, Words, dict]:
     """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
-    out.mkdir(parents=True, exist_ok=True)
-    words, state = emoji_words(), out / "state.pt"
+    words, folder = emoji_words(), RunFolder(out)
     run = build(recipe, words, device)
-    model, log = run.model, run.log
-    if state.exists():
-        run.resume(state)
-        log = run.log
+    if (state := folder.load(device)) is not None:
+        run.restore(state)
         print(f"going on after step {run.step}", file=sys.stderr)
+    model, log = run.model, run.log
     clock, losses = Clock(*log["seconds"]), []
     for _ in range(run.step, recipe.steps):
         if run.step in FILM_STEPS:
@@ -180,7 +179,7 @@ def train(recipe: Recipe, out: Path, device: str) -> tuple[SigLIP, Words, dict]:
             entry = {"step": run.step, "loss": loss, **watch(model, words)}
             log["steps"].append({k: round(v, 4) for k, v in entry.items()})
             log["seconds"] = clock.seconds()
-            run.save(state)
+            folder.save(run.state())
             _report(run, recipe.steps)
     log["film"].append({"step": run.step, "cosines": film(model, words)})
     return model, words, log

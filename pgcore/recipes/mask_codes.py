@@ -11,9 +11,10 @@ same folder. It works on one core: 8 minutes.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ from pgcore.recipes._masks import (
     sprite_masks,
     training_masks,
 )
-from pgcore.runs import Progress
+from pgcore.runs import Progress, RunFolder, require_same_run
 
 STEPS = 3600
 
@@ -123,10 +124,10 @@ class Run:
         self.step += 1
         return error.item()
 
-    def save(self, path: Path) -> None:
-        """Write the state, whole or not at all."""
-        state = {
-            "recipe": repr(self.recipe),
+    def state(self) -> dict[str, Any]:
+        """All that it needs to go on; write it down before the next step."""
+        return {
+            "name": repr(self.recipe),
             "step": self.step,
             "codec": self.codec.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -135,21 +136,14 @@ class Run:
             "draws": self.averages.generator.get_state(),
             "log": self.log,
         }
-        with written_whole(path) as partial:
-            torch.save(state, partial)
 
-    def resume(self, path: Path) -> None:
-        """Go back to a state that ``save`` wrote.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what ``state`` gave.
 
         Raises:
             ValueError: if it belongs to another recipe.
         """
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != repr(self.recipe):
-            raise ValueError(
-                f"{path} was written by another recipe: use another --out, or the"
-                " options that it was started with"
-            )
+        require_same_run(state, repr(self.recipe))
         self.step, self.log = state["step"], state["log"]
         self.codec.load_state_dict(state["codec"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -163,12 +157,12 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, left)
 
 
-def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], state: Path) -> Run:
-    """Run the recipe to its end, from where an earlier run left its state."""
-    state.parent.mkdir(parents=True, exist_ok=True)
-    watched, run, errors = sprite_masks(VALIDATION_STYLE), Run(recipe, pool), []
-    if state.exists():
-        run.resume(state)
+def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], out: Path) -> Run:
+    """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
+    folder, run = RunFolder(out), Run(recipe, pool)
+    watched, errors = sprite_masks(VALIDATION_STYLE), []
+    if (state := folder.load()) is not None:
+        run.restore(state)
         print(f"going on after step {run.step}", file=sys.stderr)
     progress = Progress(recipe.steps, run.step)
     for _ in range(run.step, recipe.steps):
@@ -178,7 +172,7 @@ def train(recipe: Recipe, pool: UInt8[Tensor, "B 64 64"], state: Path) -> Run:
             figures = {"error": error, **measure_sprites(run.codec, watched)}
             entry = {"step": run.step, **figures}
             run.log.append({key: round(value, 4) for key, value in entry.items()})
-            run.save(state)
+            folder.save(run.state())
             progress.say(run.step, figures)
     return run
 
@@ -203,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = replace(recipe, **PLAIN)
     pool = training_masks(recipe.sizes, recipe.scenes, recipe.changed, recipe.seed)
     log: dict[str, list | dict] = {
-        "plain": train(plain, pool, options.out / "plain.pt").log,
-        "shipped": (run := train(recipe, pool, options.out / "state.pt")).log,
+        "plain": train(plain, pool, options.out / "plain").log,
+        "shipped": (run := train(recipe, pool, options.out / "cured")).log,
     }
     folder = options.ship or options.out / "shipped"
     save_mask_codec(folder, run.codec)

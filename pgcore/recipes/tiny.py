@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from pgcore.recipes import tiny_tower
 from pgcore.recipes._pictures import tinted
 from pgcore.recipes.tiny_tokenizer import FOLDER
 from pgcore.recipes.tiny_tower import TRAIN
-from pgcore.runs import Ahead, RunFolder
+from pgcore.runs import METRICS, Ahead, RunFolder
 from pgcore.training import (
     Mixture,
     Part,
@@ -64,6 +65,7 @@ KINDS = (
     *("detect",) * 4,
     *("segment",) * 2,
 )
+STAGES = TOWER, MIXTURE = "tower", "mixture"  # folders of the run
 ASKED = 8  # questions to choose from; those that fit are used
 EVERY = 500  # steps between looks at the watched scenes, each saved
 WATCHED = 32  # scenes of the validation artist
@@ -80,11 +82,11 @@ class Recipe:
     """
 
     tower: tiny_tower.Recipe = tiny_tower.Recipe()
-    steps: int = 12_000
+    steps: int = 10_000
     easy: int = 300
     hard: int = 1500
-    alone: int = 1200
-    decay: int = 3500
+    alone: int = 1000
+    decay: int = 3000
     pictures: int = 16
     length: int = 160
     alone_length: int = 144
@@ -188,7 +190,7 @@ class Codes:
 def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
     """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
     processor, codes = load_processor(FOLDER), Codes()
-    tower = tiny_tower.train(recipe.tower, out / "tower", device)
+    tower = tiny_tower.train(recipe.tower, out / TOWER, device)
     model = build(recipe, processor, tower).to(device)
     config = TrainingConfig(
         steps=recipe.steps,
@@ -213,7 +215,7 @@ def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
     samples: list[str] = []
     fit(
         trainer,
-        RunFolder(out / "mixture"),
+        RunFolder(out / MIXTURE),
         every=EVERY,
         evaluate=evaluate,
         samples=lambda: samples,
@@ -235,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = Recipe(tower=tower, steps=options.steps, seed=options.seed)
     model = train(recipe, options.out, device)
     folder = options.ship or options.out / "shipped"
-    save_pretrained(model.cpu(), load_processor(FOLDER), folder)
+    save_pretrained(model.cpu().half(), load_processor(FOLDER), folder)
+    for stage in STAGES:
+        shutil.copy(options.out / stage / METRICS, folder / f"{stage}.csv")
     print(f"written: {folder}", file=sys.stderr)
 
 

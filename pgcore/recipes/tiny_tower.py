@@ -110,7 +110,7 @@ def _answers(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return names, edges.astype(np.float32), cells == most[:, None] + 1
 
 
-def loss_of(model: PatchReader, batch: Mapping[str, Tensor]) -> Tensor:
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Of names and pixels everywhere, and of edges where there is a thing."""
     names, edges, pixels = model(batch["pictures"])
     wrong = F.cross_entropy(names.flatten(0, 1), batch["names"].flatten())
@@ -120,7 +120,7 @@ def loss_of(model: PatchReader, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: PatchReader, batch: Mapping[str, Tensor]) -> dict[str, float]:
+def measure(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, float]:
     """Shares of patches named right, those of things and those of none; the edges'
     mean error as a share of the picture's side; the share of pixels right."""
     names, edges, pixels = model(batch["pictures"])
