@@ -43,10 +43,10 @@ def annotate(canvas: Image.Image, things: Sequence[Thing]) -> None:
         half = line // 2
         inner = left + half, top + half, right - half, bottom - half
         pen.rectangle(inner, outline=colour, width=line)
-    for (name, _, _), (top, left, bottom, _), colour in zip(
+    for (name, _, _), (top, left, _, _), colour in zip(
         things, places, colours, strict=True
     ):
-        _write(pen, canvas, one_line(name, 40), (left, top, bottom), colour)
+        _write(pen, canvas, one_line(name, 40), (left, top), colour)
 
 
 def _pixels(box: Sequence[float], canvas: Image.Image, line: int) -> list[int]:
@@ -68,13 +68,13 @@ def _write(
     pen: ImageDraw.ImageDraw,
     canvas: Image.Image,
     name: str,
-    place: tuple[int, int, int],
+    place: tuple[int, int],
     colour: str,
 ) -> None:
     """Write a name above the box, or in it where there is no room."""
     if not name:
         return
-    left, top, bottom = place
+    left, top = place
     size = max(12, max(canvas.size) // 28)
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):  # Pillow built without FreeType
@@ -82,7 +82,7 @@ def _write(
     x0, y0, x1, y1 = pen.textbbox((0, 0), name, font=font)
     pad = size // 4
     wide, high = x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
-    left = max(0, min(left, canvas.width - wide))
-    top = top - high if top >= high else max(0, min(top, canvas.height - high))
+    left = max(0, min(left, canvas.width - wide - 1))
+    top = top - high if top >= high else max(0, min(top, canvas.height - high - 1))
     pen.rectangle((left, top, left + wide, top + high), fill=colour, outline="black")
     pen.text((left + pad - x0, top + pad - y0), name, fill="black", font=font)

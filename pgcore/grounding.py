@@ -96,8 +96,8 @@ def parse(text: str, named: bool = True) -> list[Found]:
 
     Nothing is left out: what has no box, no mask of 16 codes or no name
     is invalid, has a problem and counts as IoU 0, as for big_vision's
-    evaluator. That asks for no name: say ``named=False`` for answers
-    without names.
+    evaluator. That one wants a mask and no name: say ``named=False`` for
+    answers without names.
 
     Built in chapter 15, Boxes and masks.
     """
@@ -127,6 +127,8 @@ def _found(text: str, named: bool) -> Found:
 
 def box_iou(one: Sequence[float] | None, other: Sequence[float] | None) -> float:
     """Divide what two boxes share by what they cover; 0 with None.
+
+    Boxes are as ``require_box`` wants them: none is empty.
 
     Built in chapter 15, Boxes and masks.
     """
@@ -166,9 +168,9 @@ def average_precision(
 
     In each picture the predictions, best score first, take the truth they
     overlap most of those left, from the threshold on (as COCO's). Then
-    those of all pictures are ranked; equal scores are one step. Nothing
-    is interpolated: COCO's 101 points give another number. NaN without
-    truths.
+    those of all pictures are ranked; equal scores are one step, as
+    scikit-learn has it. Nothing is interpolated: COCO's 101 points give
+    another number. NaN without truths.
     scores: of each picture's predictions. ious: of each of these, its IoU
     with each truth. truths: how many each picture has.
     Raises ValueError for numbers that do not fit together.

@@ -88,8 +88,9 @@ class CodebookAverages:
         others = torch.randint(len(rows), (len(dead),), generator=self.generator)
         self.sums[dead] = 2 * fewest * rows[others]
         self.counts[dead] = 2 * fewest
-        means = self.sums / self.counts.clamp(min=1e-6)[:, None]
-        self.codebook.copy_(means)
+        known = self.counts > 1e-6  # the others stay where they are
+        means = self.sums[known] / self.counts[known][:, None]
+        self.codebook[known] = means
         return len(dead)
 
 
@@ -102,7 +103,7 @@ class MaskCodecConfig:
 
     num_codes: int = 128  # that a token can name
     code_width: int  # D, numbers in a code
-    width: int  # channels at the 4 x 4 grid; halved as the grid doubles
+    width: int  # channels at the 4 x 4 grid; an eighth at the 64 x 64 end
     depth: int = 2  # residual blocks, in the encoder and in the decoder
 
     def __post_init__(self):

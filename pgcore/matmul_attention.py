@@ -19,8 +19,8 @@ def attend_by_matmul(
 ) -> Float[Tensor, "B N T H"]:
     """``attend`` as two matrix products, for training in bfloat16 on a CPU.
 
-    There the backward pass of torch's fused kernel is slow. Queries need
-    something to read: a row of False gives no zeros here.
+    It was faster there than torch's fused kernel when the tiny model was trained.
+    Queries need something to read: a row of False gives no zeros here.
     Arguments and errors as for ``attend``.
     """
     require_heads(q, k, v, mask)

@@ -21,7 +21,7 @@ STATE, METRICS = "state.pt", "metrics.csv"
 
 
 class RunFolder:
-    """The folder of a run. Each file in it is whole at any moment.
+    """The folder of a run. Its state and its metrics are whole at any moment.
 
     state.pt: all that the run needs to go on. metrics.csv: a line a look. Where
     TensorBoard is installed, its events as well.
@@ -97,13 +97,13 @@ class Ahead:
     """``batch_at``, made by another process while the model learns from the last one.
 
     batch_at: the n-th batch, from n alone; a function of a module, or a ``partial`` of
-    one, so that the other process finds it. steps: of the run. Asked for batches out of
-    order, it begins anew from there.
+    one, so that the other process finds it. steps: batches of the run. Asked for
+    batches out of order, it begins anew from there.
     """
 
     def __init__(self, batch_at: Callable[[int], Any], steps: int):
         self.batches, self.steps = _Batches(batch_at), steps
-        self.next, self.drawn = None, None
+        self.next, self.drawn = -1, iter(())
 
     def __call__(self, step: int) -> Any:
         """The batch of a step.
@@ -115,9 +115,14 @@ class Ahead:
             raise ValueError(f"step {step}: expected 0 to {self.steps - 1}")
         if step != self.next:
             coming = range(step, self.steps)
-            self.drawn = iter(
-                DataLoader(self.batches, None, sampler=coming, num_workers=1)
+            loader = DataLoader(
+                self.batches,
+                None,
+                sampler=coming,
+                num_workers=1,
+                generator=torch.Generator(),  # torch's own belongs to the loss
             )
+            self.drawn = iter(loader)
         self.next = step + 1
         return next(self.drawn)
 

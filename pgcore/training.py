@@ -23,6 +23,7 @@ from pgcore.matmul_attention import attend_by_matmul as attend_by_matmul
 from pgcore.paligemma import PaliGemma, prefix_lm_mask, suffix_loss
 from pgcore.processing import IGNORE, IMAGE, PAD, Processor
 from pgcore.runs import fit as fit
+from pgcore.runs import require_same_run
 
 
 def cosine(step: int, *, steps: int, warmup: int) -> float:
@@ -82,7 +83,7 @@ def parameter_groups(
     """Groups for an optimizer: each parameter in the first part that fits.
 
     Matrices decay; norms and biases do not. A part of rate 0 is frozen:
-    its parameters ask for no gradient. What fits no part learns at 1.
+    its parameters need no gradient. What fits no part learns at 1.
     Raises ValueError for a part that no name begins with.
 
     Built in chapter 16, Training.
@@ -110,7 +111,7 @@ class Mixture:
     """Tasks, each with the share of the examples that it gets.
 
     Which task example n is follows from the seed and n alone.
-    Raises ValueError for shares that are none.
+    Raises ValueError for invalid shares.
 
     Built in chapter 16, Training.
     """
@@ -219,11 +220,11 @@ class TrainingConfig:
     steps: int  # updates of the weights
     learning_rate: float  # at its highest
     schedule: Callable[[int], float]  # its share at a step
-    parts: tuple[Part, ...] = ()  # what learns otherwise than the rest
+    parts: tuple[Part, ...] = ()  # what learns differently from the rest
     weight_decay: float = 0.0  # of matrices, times the learning rate
     betas: tuple[float, float] = (0.9, 0.99)  # memory of Adam
     max_norm: float = 1.0  # of the gradient; longer ones are cut
-    accumulate: int = 1  # batches an update
+    accumulate: int = 1  # batches an update, each with as many examples
     bfloat16: bool = False  # products in 16 bits, weights in 32
 
     def __post_init__(self):
@@ -247,7 +248,7 @@ class Trainer:
     """A model, its optimizer, and how many updates they have seen.
 
     batch_at: the n-th batch, from n alone, so that a run needs no memory
-    of its data. loss_of: what is made small. name: of the run; a state
+    of its data. loss_of: the loss to minimise. name: of the run; a state
     belongs to one. With bfloat16 on a CPU, attention in the model is
     ``attend_by_matmul`` from here on.
 
@@ -276,7 +277,7 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; the loss before it and the length of its gradient.
 
-        Raises ValueError, and leaves the weights, if one is no number.
+        Raises ValueError, and leaves the weights, if one is not finite.
         """
         config, total = self.config, 0.0
         self._set_rates()
@@ -327,11 +328,7 @@ class Trainer:
 
         Raises ValueError if it belongs to another run or model.
         """
-        if (name := state.get("name")) != self.name:
-            raise ValueError(
-                "state: written by another recipe; use another folder, or "
-                f"the options it was started with: {name}"
-            )
+        require_same_run(state, self.name)
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -135,6 +135,8 @@ def test_what_is_no_box_is_refused(box, as_user):
 def test_a_box_too_thin_for_words_is_refused():
     with pytest.raises(ValueError, match=r"two words a side, found \[102, .*too thin"):
         box_to_tokens((0.1, 0.1, 0.1001, 0.5))
+    with pytest.raises(ValueError, match=r"two words a side, .* 102\]: too thin"):
+        box_to_tokens((0.1, 0.1, 0.5, 0.1001))
 
 
 @pytest.mark.parametrize(
@@ -450,6 +452,11 @@ def test_an_empty_mask_and_a_box_below_half_a_pixel_leave_nothing():
     assert not paste_mask(torch.ones(64, 64), (0.1, 0.1, 0.12, 0.12), 9, 9).any()
 
 
+def test_a_mask_that_cannot_decide_is_outside():
+    undecided = torch.full((64, 64), 0.5)
+    assert not paste_mask(undecided, (0.0, 0.0, 1.0, 1.0), 64, 64).any()
+
+
 # Drawing
 
 
@@ -509,6 +516,30 @@ def test_masks_are_drawn_with_a_codec_alone():
     mask = codec.decode(torch.tensor([found.codes]))[0]
     inside = paste_mask(mask, found.box, 400, 400)
     assert changed.any() and not (changed & ~inside).any()
+
+
+def test_no_name_is_under_a_veil():
+    picture, codec = Image.new("RGB", (400, 400), "white"), load_mask_codec()
+    label, whole = box_to_tokens((0.5, 0.5, 0.9, 0.9)), (0.0, 0.0, 1.0, 1.0)
+    (named,) = parse(f"{label} cat")
+    name = (np.asarray(draw(picture, [named])) != 255).any(-1)
+    name[200:] = False  # above the box
+    full = torch.ones(1, 64, 64)
+    veil = Found("", whole, tuple(codec.encode(full)[0].tolist()), "")
+    both = np.asarray(draw(picture, [named, veil], codec))
+    assert (both[name] == np.asarray(draw(picture, [named]))[name]).all()
+
+
+def test_a_long_name_stays_in_the_picture():
+    picture = Image.new("RGB", (400, 400), "white")
+    (found,) = parse(f"{box_to_tokens((0.5, 0.9, 0.9, 0.99))} a long name of a thing")
+    drawn = np.asarray(draw(picture, [found]))
+    label = (drawn[150:195] != 255).any(-1)
+    rows, columns = label.nonzero()
+    assert columns.max() - columns.min() > 100
+    # Its frame is closed on the right: black from top to bottom.
+    edge = drawn[150:195, columns.max()][rows.min() : rows.max() + 1]
+    assert (edge == 0).all()
 
 
 def test_without_freetype_names_lose_what_cannot_be_written(monkeypatch):

@@ -257,6 +257,36 @@ def test_without_memory_the_averages_are_k_means():
     assert_close(table, torch.from_numpy(expected), 1e-5)
 
 
+def test_the_first_codes_are_those_of_k_means():
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(40, 16, 3, generator=generator)
+    rows, table = latents.flatten(0, 1), torch.zeros(8, 3)
+    CodebookAverages(table, seed=7).start(latents)
+    seven = torch.Generator().manual_seed(7)
+    first = rows[torch.randperm(len(rows), generator=seven)[:8]]
+    expected, _ = kmeans2(
+        rows.double().numpy(), first.double().numpy(), iter=20, minit="matrix"
+    )
+    assert_close(table, torch.from_numpy(expected), 1e-5)
+
+
+def test_a_code_that_too_few_choose_is_restarted_from_one_on():
+    table = torch.tensor([[0.0], [9.0]])
+    averages = CodebookAverages(table)
+    latents = torch.zeros(1, 16, 1)
+    restarted = averages.update(latents, torch.zeros(1, 16).long(), decay=0.5)
+    assert restarted == 1 and table[1] == 0  # a count of 0.5 is below one
+
+
+def test_without_restarts_what_nobody_chooses_stays_where_it_is():
+    table = torch.tensor([[0.0], [9.0]])
+    averages = CodebookAverages(table)
+    latents = torch.zeros(1, 16, 1)
+    for _ in range(60):
+        averages.update(latents, torch.zeros(1, 16).long(), decay=0.5, fewest=0.0)
+    assert_close(table[1], torch.tensor([9.0]), 1e-3)
+
+
 def test_the_averages_move_as_slowly_as_the_decay_says():
     table = torch.tensor([[0.0], [10.0]])
     averages = CodebookAverages(table)

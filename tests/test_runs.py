@@ -39,3 +39,11 @@ def test_behind_the_last_step_there_is_none():
     ahead = Ahead(partial(drawn, 1), steps=2)
     with pytest.raises(ValueError, match="step 2: expected 0 to 1"):
         ahead(2)
+
+
+def test_drawing_ahead_leaves_the_generator_of_the_loss_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(())
+    torch.manual_seed(0)
+    Ahead(partial(drawn, 1), steps=6)(0)
+    assert torch.equal(torch.rand(()), expected)

@@ -208,6 +208,22 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_moves():
         assert same == name.startswith("vision."), name
 
 
+def test_what_comes_frozen_learns_all_the_same():
+    model = new_model().requires_grad_(False)
+    trainer = Trainer(model, config_of(steps=2, weight_decay=0.0), batch_at)
+    before = weights_of(model)
+    trainer.train_step()
+    trainer.train_step()
+    assert not any(torch.equal(before[n], w) for n, w in weights_of(model).items())
+
+
+def test_the_memory_of_adam_is_that_of_the_config():
+    for betas in ((0.9, 0.99), (0.8, 0.95)):
+        options = {} if betas == (0.9, 0.99) else {"betas": betas}
+        trainer = new_trainer(config_of(**options))
+        assert {g["betas"] for g in trainer.optimizer.param_groups} == {betas}
+
+
 def test_rates_of_parts_rise_in_their_own_time():
     parts = Part(prefix="vision.", rate=0.5, warmup=4), Part(prefix="projector.")
     config = config_of(
@@ -546,6 +562,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_weights():
     assert trainer.step == 2
 
 
+def test_a_loss_without_end_stops_the_run_too():
+    def loss_of(model, batch):
+        return batch_loss(model, batch) * math.inf
+
+    with pytest.raises(ValueError, match="inf at step 0"):
+        new_trainer(loss_of=loss_of).train_step()
+
+
 def test_a_gradient_that_is_no_number_stops_the_run():
     def loss_of(model, batch):
         weight = model.projector.linear.weight
@@ -686,6 +710,19 @@ def test_fit_looks_prints_and_writes(tmp_path, capsys):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "metrics.csv").read_text())))
     assert [row["step"] for row in rows] == ["2", "4", "5"]
     assert list(rows[0]) == ["step", "loss", "gradient", "score"]
+
+
+def test_it_trains_in_the_mode_of_training(tmp_path):
+    modes = []
+
+    def loss_of(model, batch):
+        modes.append(model.training)
+        return batch_loss(model, batch)
+
+    trainer = new_trainer(config_of(steps=5), loss_of=loss_of)
+    trainer.model.eval()
+    quiet_fit(trainer, tmp_path)
+    assert modes == [True] * 5
 
 
 def test_figures_are_means_since_the_look_before(tmp_path):

@@ -66,6 +66,8 @@ def what_is_wrong_is_kept(read_boxes):
     for text, expected in cases.items():
         found = [tuple(pair) for pair in read_boxes(text)]
         require(found == expected, f"{text!r}: expected {expected}, got {found}")
+    ((_, box),) = read_boxes(f"cat {BOX}")
+    require(box is None, f"four locations behind the name: got {box}")
 
 
 @exercise("15.2")

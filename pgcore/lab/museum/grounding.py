@@ -16,7 +16,7 @@ from pgcore.mask_codec import load_mask_codec as load_mask_codec
 def mask_over_the_picture(mask, box, height, width):
     """Stretches the mask over the whole picture: it belongs in its box.
 
-    The sixteen words do not say where it lies, so that is soon forgotten.
+    The sixteen words do not say where it lies. Ours, to show that.
     """
     require_box(box)
     small = Image.fromarray(mask.numpy())
@@ -35,7 +35,10 @@ def x_first(box):
 
 
 def rounded_down(box):
-    """Cuts down where it should round: up to a whole step off."""
+    """Cuts down where it should round: up to a whole step off.
+
+    Ours, to show what half a step is worth.
+    """
     require_box(box)
     return "".join(f"<loc{int(edge * 1023):04d}>" for edge in box)
 
@@ -43,7 +46,7 @@ def rounded_down(box):
 def over_1024(tokens):
     """Divides by 1024: boxes creep to the upper left.
 
-    roboflow/supervision, from_paligemma.
+    The demo of big-vision/paligemma; roboflow/supervision, from_paligemma.
     """
     return tuple(int(n) / 1024 for n in re.findall("[0-9]+", tokens))
 
@@ -51,7 +54,8 @@ def over_1024(tokens):
 def pixels_of_the_square(tokens, height, width):
     """Edges in the pixels of the model's square, for the original picture.
 
-    Right for a square picture of 224 pixels alone.
+    Right for a square picture of 224 pixels alone. Ours, to show why
+    shares belong to the original picture.
     """
     return tuple(224 * edge for edge in tokens_to_box(tokens))
 
@@ -79,7 +83,8 @@ def drops_the_invalid(text):
 def four_at_a_time(text):
     """Collects all numbers and takes four at a time.
 
-    One edge too few, and all boxes that follow are mixed from two.
+    One edge too few, and all boxes that follow are mixed from two. Ours,
+    to show what one broken part does to its neighbours.
     """
     numbers = [int(n) / 1023 for n in re.findall(r"<loc(\d{4})>", text)]
     names = [part.split(">")[-1].strip() for part in text.split(";")]
@@ -91,7 +96,8 @@ def four_at_a_time(text):
 def one_pixel_more(one, other):
     """Adds 1 to all lengths: a habit of PASCAL VOC, from whole pixels.
 
-    With edges in shares of the picture every IoU becomes nearly 1.
+    With edges in shares of the picture nearly all boxes seem to overlap:
+    two small ones that do not touch can get 0.5.
     """
     top, left = max(one[0], other[0]), max(one[1], other[1])
     bottom, right = min(one[2], other[2]), min(one[3], other[3])
@@ -101,7 +107,10 @@ def one_pixel_more(one, other):
 
 
 def a_truth_found_twice(scores, ious, truths, threshold=0.5):
-    """Lets a truth count for each prediction near it: repeating pays."""
+    """Lets a truth count for each prediction near it: repeating pays.
+
+    Ours, to show why a truth is taken once.
+    """
     pairs = sorted(
         (
             (score, max(row, default=0.0) >= threshold)
@@ -118,7 +127,10 @@ def a_truth_found_twice(scores, ious, truths, threshold=0.5):
 
 
 def column_by_column(codec, codes):
-    """Lays the sixteen words out in columns: the mask is mirrored."""
+    """Lays the sixteen words out in columns: the mask is mirrored.
+
+    Ours, to show that their order is that of reading.
+    """
     grid = codes.unflatten(1, (4, 4)).transpose(1, 2)
     return codec.decode(grid.flatten(1))
 
@@ -131,7 +143,8 @@ def inside_above_zero(codec, codes):
 def corners_of_a_polygon(codec, codes):
     """Reads sixteen words as eight points: that is Florence-2's way.
 
-    ComfyUI_VLM_nodes, issue 142; google-research/big_vision, issue 136.
+    ComfyUI_VLM_nodes, issue 142 (since fixed); google-research/big_vision,
+    issue 136.
     """
     from PIL import ImageDraw
 
@@ -146,7 +159,10 @@ def corners_of_a_polygon(codec, codes):
 
 
 def no_way_back(latents, codebook):
-    """Hands on the codes themselves: the encoder gets no gradient."""
+    """Hands on the codes themselves: the encoder gets no gradient.
+
+    Ours, to show what the last line of quantize is for.
+    """
     codes = (codebook.square().sum(1) - 2 * latents @ codebook.T).argmin(-1)
     return codebook[codes], codes
 

