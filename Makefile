@@ -2,6 +2,7 @@
 #
 #   make book       build the pages (no torch needed) and say where they are
 #   make serve      build them and serve them on http://localhost:8000
+#   make demo       ask the small model that ships all about a picture: demo.png (SEED=3)
 #   make test       install everything and run every check
 #   make lab        open the chapters in JupyterLab
 #   make chapters   export modules, execute stale notebooks, normalise (CH=02 for one)
@@ -30,7 +31,7 @@ export OMP_NUM_THREADS ?= 2
 export MKL_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: book serve test lint unit notebooks pages lab chapters siglip tiny eval-tiny \
+.PHONY: book serve demo test lint unit notebooks pages lab chapters siglip tiny eval-tiny \
 	colab bench soak links clean
 .DEFAULT_GOAL := book
 .NOTPARALLEL: # one environment, two cores
@@ -46,6 +47,9 @@ book: .venv/.book
 
 serve: book
 	$(BIN)/python -m http.server --directory _build/html $(PORT)
+
+demo: .venv/.lab
+	$(BIN)/pgcore demo $(if $(SEED),--seed $(SEED))
 
 test: .venv/.dev lint unit notebooks book pages
 

@@ -103,11 +103,6 @@ def find_checkpoint(source: str | Path) -> Path:
     """
     name = str(source)
     if name == "tiny":
-        if not (TINY / "config.json").is_file():
-            raise FileNotFoundError(
-                'the model "tiny" is not trained yet (chapter 16 does); name a folder'
-                " or a checkpoint on the hub instead"
-            )
         return TINY
     if os.path.isdir(name):
         return Path(name)

@@ -200,7 +200,12 @@ class MaskCodec(nn.Module):
         self.register_buffer("codebook", torch.randn(size))
 
     def latents(self, masks: Float[Tensor, "B 64 64"]) -> Float[Tensor, "B 16 D"]:
-        """What the encoder makes of masks in [0, 1], not yet codes."""
+        """What the encoder makes of masks in [0, 1], not yet codes.
+
+        Raises ValueError for masks of another size.
+        """
+        if masks.shape[1:] != (64, 64):
+            raise ValueError(f"masks: expected B 64 64, found {tuple(masks.shape)}")
         grid = self.encoder(2 * masks[:, None] - 1)
         return grid.flatten(2).transpose(1, 2)
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pgcore.files import one_line, written_whole
 
-STATE, METRICS = "state.pt", "metrics.csv"
+STATE = "state.pt"
+METRICS = "metrics.csv"
 
 
 class RunFolder:

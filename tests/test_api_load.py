@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -22,7 +23,7 @@ from pgcore.api import (
     load,
     require_fit,
 )
-from pgcore.paligemma import PaliGemma, PaliGemmaConfig
+from pgcore.paligemma import TINY, PaliGemma, PaliGemmaConfig
 from pgcore.processing import Processor
 from pgcore.weights import save_pretrained
 from tests.checkpoints import (
@@ -132,15 +133,17 @@ def test_an_empty_folder(tmp_path):
 # tiny
 
 
-def test_tiny_says_that_it_is_not_trained_yet(tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "TINY", tmp_path)
-    assert "chapter 16" in refused(FileNotFoundError, load, "tiny")
+def test_tiny_is_the_checkpoint_that_ships():
+    folder = find_checkpoint("tiny")
+    assert folder == Path(api.__file__).parent / "assets" / "tiny"
+    model, processor = load("tiny", device="cpu")
+    assert model.config == TINY and processor.image_size == TINY.vision.image_size
 
 
-def test_tiny_is_the_checkpoint_that_ships(written, monkeypatch):
-    monkeypatch.setattr(api, "TINY", written[0])
-    assert find_checkpoint("tiny") == written[0]
-    load("tiny", device="cpu")
+def test_what_ships_of_tiny_is_at_most_ten_megabytes():
+    files = [path for path in find_checkpoint("tiny").iterdir() if path.is_file()]
+    assert {"model.safetensors", "README.md", "mixture.csv"} <= {f.name for f in files}
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
 
 
 # the hub

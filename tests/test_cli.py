@@ -1,6 +1,7 @@
 """The command line, as a user meets it: answers, JSON lines, errors, exit codes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pgcore import generate, load
 from pgcore.cli import main
+from pgcore.lab.tiny_world import running_example
 from tests.checkpoints import GEMMA1, write_checkpoint
 
 PROMPT = "caption en"
@@ -121,9 +123,14 @@ def test_bad_input_is_one_line_and_code_2(ask, pictures, arguments, message):
     assert last.startswith("pgcore: ") and message in last
 
 
-def test_the_default_model_says_that_it_is_not_trained_yet(pictures, capsys):
-    assert main(["ask", pictures[0], PROMPT]) == 2
-    assert '"tiny" is not trained yet' in capsys.readouterr().err
+def test_the_default_model_is_the_one_that_ships(tmp_path, capsys):
+    scene, boxed = tmp_path / "scene.png", tmp_path / "boxed.png"
+    Image.fromarray(running_example().image).save(scene)
+    assert main(["ask", str(scene), "detect cat", "--out", str(boxed)]) == 0
+    answer = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"(<loc\d{4}>){4} cat", answer)
+    with Image.open(boxed) as image:
+        assert image.size == (384, 384)  # enlarged, so that names can be read
 
 
 def test_info_counts_without_loading(checkpoint, capsys):

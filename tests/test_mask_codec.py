@@ -343,6 +343,18 @@ def test_shapes_on_the_meta_device(config):
         assert MaskEncoder(config)(masks[:, None]).shape[2:] == (4, 4)
 
 
+def test_masks_of_another_size_are_refused(as_user):
+    codec = MaskCodec(SMALL)
+    for call in (codec.latents, codec.encode, codec):
+        with pytest.raises(ValueError, match=r"masks: expected B 64 64, found \(2, 32"):
+            call(torch.zeros(2, 32, 32))
+
+
+def test_an_empty_mask_comes_back_empty():
+    codec = load_mask_codec()
+    assert not (codec(torch.zeros(1, 64, 64)) > 0.5).any()
+
+
 def test_a_batch_changes_nothing():
     codec, masks = load_mask_codec(), random_masks(6)
     codes = codec.encode(masks)

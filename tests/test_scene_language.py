@@ -101,6 +101,7 @@ def told(scene: Scene, kind: str, **arguments) -> dict[str, str | None]:
 CAT, DOG, OWL = (20, 10, 40, 30), (20, 60, 40, 80), (60, 60, 80, 80)
 THREE = put(("cat", CAT), ("dog", DOG), ("owl", OWL))
 TWO_CATS = put(("cat", CAT), ("red apple", DOG), ("cat", OWL))
+NOTHING = put()
 
 
 # Each kind, by hand
@@ -467,6 +468,9 @@ def test_a_world_of_one_concept_has_nothing_absent():
         ),
         (lambda: loc_tokens((0, 0, 97, 5), 96), r"within 0\.\.96 .*\(0, 0, 97, 5\)"),
         (lambda: loc_tokens((5, 0, 5, 5), 96), "not empty"),
+        (lambda: caption(NOTHING), "scene: expected at least one object"),
+        (lambda: all_examples(NOTHING), "scene: expected at least one object"),
+        (lambda: choose_examples(NOTHING, 1), "scene: expected at least one object"),
     ],
 )
 def test_errors_say_what_is_wrong(call, message, as_user):

@@ -16,6 +16,12 @@ CAPTION_LANGUAGES = ("en", "de", "fr", "es")
 MASK_SIDE = 64  # pixels a side of the mask that becomes <seg> tokens
 
 
+def require_things(scene: Scene) -> None:
+    """Raise ValueError for a scene without objects: no language has a word for it."""
+    if not scene.objects:
+        raise ValueError("scene: expected at least one object, found none")
+
+
 def caption(scene: Scene, language: str = "en") -> str:
     """Name what is in a scene: each concept once, in the order of ``scene.objects``.
 
@@ -23,8 +29,10 @@ def caption(scene: Scene, language: str = "en") -> str:
     other languages have a form that is right without them: "Katze und 2 × roter Apfel".
 
     Raises:
-        ValueError: for a language that is not in CAPTION_LANGUAGES.
+        ValueError: for a language that is not in CAPTION_LANGUAGES, and for a scene
+            without objects.
     """
+    require_things(scene)
     if language not in CAPTION_LANGUAGES:
         raise unknown("caption language", language, CAPTION_LANGUAGES)
     numbers = {name: len(found) for name, found in by_concept(scene).items()}

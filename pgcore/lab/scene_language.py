@@ -25,6 +25,7 @@ from pgcore.lab._scene_text import (
     box_mask,
     caption,
     loc_tokens,
+    require_things,
 )
 from pgcore.lab.scenes import Scene
 
@@ -63,7 +64,8 @@ def all_examples(
         seed: of the absent concepts that are asked for, and of the order of names.
 
     Raises:
-        ValueError: for an unknown kind or language and for codes that are not such.
+        ValueError: for an unknown kind or language, for codes that are not such, and
+            for a scene without objects.
     """
     drafts = _drafts(scene, kinds, languages, encode_mask, _draws(scene, seed))
     return tuple(draft() for kind in kinds for draft in drafts[kind])
@@ -85,7 +87,8 @@ def choose_examples(
     arguments are those of ``all_examples``.
 
     Raises:
-        ValueError: for an unknown kind or language and for codes that are not such.
+        ValueError: for an unknown kind or language, for codes that are not such, and
+            for a scene without objects.
     """
     draws = _draws(scene, seed)
     drafts = _drafts(scene, kinds, languages, encode_mask, draws)
@@ -109,6 +112,7 @@ def _drafts(
     draws: Draws,
 ) -> dict[str, list[Draft]]:
     """Prepare the questions of all kinds, so that asking fewer shifts no draw."""
+    require_things(scene)
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind", kind, KINDS)

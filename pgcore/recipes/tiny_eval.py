@@ -9,6 +9,7 @@ and the nearest drawing in each window. ``--beside NAME=FOLDER`` adds a model.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait, do not
 
 import numpy as np
 
-from pgcore.api import load
+from pgcore.api import find_checkpoint, load
 from pgcore.files import written_whole
 from pgcore.grounding import load_mask_codec
 from pgcore.lab import template_matching
@@ -110,7 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = dict(
         one.split("=", 1) for one in [f"tiny={options.model}", *options.beside]
     )
-    report: dict[str, Any] = {"scenes": options.scenes, "matched": options.matched}
+    weights = find_checkpoint(options.model) / "model.safetensors"
+    report: dict[str, Any] = {
+        "scenes": options.scenes,
+        "matched": options.matched,
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
     report["splits"] = {
         name: compared(name, models, options.scenes, options.matched) for name in SPLITS
     }
