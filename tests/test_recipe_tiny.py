@@ -1,6 +1,7 @@
 """The recipe of the tiny model: what it draws, how it starts, how it goes on."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from pgcore.lab.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
 from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.processing import IGNORE, load_processor
 from pgcore.recipes import tiny, tiny_tower
-from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, loss_of, train
+from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, train
 from pgcore.recipes.tiny_tokenizer import FOLDER
+from tests.stopped_runs import same, stop_in_the_fourth_step
 
 TOWER = tiny_tower.Recipe(steps=2, decay=1, pictures=2)
 SMALL = Recipe(
@@ -23,12 +25,6 @@ PROCESSOR = load_processor(FOLDER)
 
 def codes(mask):
     return [int(1000 * np.asarray(mask).mean()) % 128] * 16
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name], other[name]) for name in one
-    )
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])
@@ -77,7 +73,10 @@ def test_it_starts_with_the_tower_and_places_like_their_neighbours():
 
 def test_the_rate_rises_falls_and_ends_at_zero():
     recipe = Recipe()
-    shares = [tiny.learning_rate_share(recipe, n) for n in range(recipe.steps)]
+    shares = [
+        tiny.learning_rate_share(recipe.steps, recipe.decay, n)
+        for n in range(recipe.steps)
+    ]
     assert shares[0] < 0.02 and max(shares) == pytest.approx(1, abs=0.01)
     assert shares[-1] < 0.001
     assert all(a >= b for a, b in zip(shares[100:], shares[101:], strict=False))
@@ -89,21 +88,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_tower, "WATCHED", 2)
     whole = train(SMALL, tmp_path / "whole", "cpu")
 
-    class Stopped(Exception):
-        pass
-
-    calls = []
-
-    def stops(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Stopped
-        return loss_of(*arguments)
-
-    monkeypatch.setattr(tiny, "loss_of", stops)
-    with pytest.raises(Stopped):
-        train(SMALL, tmp_path / "parts", "cpu")
-    monkeypatch.setattr(tiny, "loss_of", loss_of)
+    stop_in_the_fourth_step(tiny, partial(train, SMALL, tmp_path / "parts", "cpu"))
     parts = train(SMALL, tmp_path / "parts", "cpu")
     assert same(whole.state_dict(), parts.state_dict())
     lines = (tmp_path / "whole" / "mixture" / "metrics.csv").read_text()

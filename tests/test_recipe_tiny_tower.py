@@ -1,5 +1,7 @@
 """The recipe of the tower: what it asks of each patch, and how it goes on."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -18,14 +20,9 @@ from pgcore.recipes.tiny_tower import (
     measure,
     train,
 )
+from tests.stopped_runs import same, stop_in_the_fourth_step
 
 SMALL = Recipe(steps=4, decay=2, pictures=2)
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name], other[name]) for name in one
-    )
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -109,21 +106,9 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_tower, "WATCHED", 2)
     whole = train(SMALL, tmp_path / "whole", "cpu")
 
-    class Stopped(Exception):
-        pass
-
-    calls = []
-
-    def stops(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Stopped
-        return loss_of(*arguments)
-
-    monkeypatch.setattr(tiny_tower, "loss_of", stops)
-    with pytest.raises(Stopped):
-        train(SMALL, tmp_path / "parts", "cpu")
-    monkeypatch.setattr(tiny_tower, "loss_of", loss_of)
+    stop_in_the_fourth_step(
+        tiny_tower, partial(train, SMALL, tmp_path / "parts", "cpu")
+    )
     parts = train(SMALL, tmp_path / "parts", "cpu")
     assert same(whole.state_dict(), parts.state_dict())
     lines = (tmp_path / "whole" / "metrics.csv").read_text()

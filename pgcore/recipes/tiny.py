@@ -35,7 +35,7 @@ from pgcore.processing import LOC_TOKENS, Processor, load_processor
 from pgcore.recipes import tiny_tower
 from pgcore.recipes._pictures import tinted
 from pgcore.recipes.tiny_tokenizer import FOLDER
-from pgcore.recipes.tiny_tower import TRAIN
+from pgcore.recipes.tiny_tower import TRAIN, learning_rate_share
 from pgcore.runs import METRICS, Ahead, RunFolder
 from pgcore.training import (
     Mixture,
@@ -46,7 +46,6 @@ from pgcore.training import (
     fit,
     pack,
     packed_loss,
-    rsqrt,
 )
 from pgcore.vision import VisionTower
 from pgcore.weights import save_pretrained
@@ -170,12 +169,6 @@ def neighbours(rows: Tensor) -> None:
     rows.mul_(0.2).add_(waves @ turn, alpha=0.8 * size.item())
 
 
-def learning_rate_share(recipe: Recipe, step: int) -> float:
-    """Up, slowly down as rsqrt does, at last to zero in a line."""
-    left = (recipe.steps - step) / recipe.decay
-    return min(1.0, left) * rsqrt(step, warmup=100, timescale=recipe.steps)
-
-
 class Codes:
     """``encode_mask`` of ``scene_language``: a mask in, 16 codes out."""
 
@@ -195,7 +188,7 @@ def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
     config = TrainingConfig(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        schedule=functools.partial(learning_rate_share, recipe),
+        schedule=functools.partial(learning_rate_share, recipe.steps, recipe.decay),
         parts=(Part(prefix="vision.", rate=recipe.tower_rate, warmup=400),),
         weight_decay=0.05,
         bfloat16=True,
@@ -230,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tower-steps", type=int, default=tiny_tower.Recipe.steps)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ship", type=Path, help="write the model here as well")
+    parser.add_argument("--ship", type=Path, help="write the model here instead")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tower = tiny_tower.Recipe(steps=options.tower_steps, seed=options.seed)

@@ -133,10 +133,9 @@ def measure(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
-def learning_rate_share(recipe: Recipe, step: int) -> float:
-    """Up, slowly down as rsqrt does, at last to zero in a line."""
-    left = (recipe.steps - step) / recipe.decay
-    return min(1.0, left) * rsqrt(step, warmup=100, timescale=recipe.steps)
+def learning_rate_share(steps: int, decay: int, step: int) -> float:
+    """Up, slowly down as rsqrt does, in the last ``decay`` steps in a line to zero."""
+    return min(1.0, (steps - step) / decay) * rsqrt(step, warmup=100, timescale=steps)
 
 
 def train(recipe: Recipe, out: Path, device: str) -> VisionTower:
@@ -148,7 +147,7 @@ def train(recipe: Recipe, out: Path, device: str) -> VisionTower:
     config = TrainingConfig(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
-        schedule=functools.partial(learning_rate_share, recipe),
+        schedule=functools.partial(learning_rate_share, recipe.steps, recipe.decay),
         weight_decay=0.05,
         bfloat16=True,
     )
