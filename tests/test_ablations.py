@@ -2,18 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from pgcore.generation import prefill
+from pgcore.lab.scenes import compose_batch, split
 from pgcore.processing import load_processor
 from pgcore.recipes.ablations import (
     ARMS,
+    EXAMS,
     FIGURES,
+    SCENES,
+    TRAIN,
     Recipe,
     batch_at,
     build,
+    drawn,
     main,
+    on_patches,
     read_as_trained,
 )
 from pgcore.recipes.tiny_tokenizer import FOLDER
@@ -56,6 +63,31 @@ def test_batches_differ_by_seed_and_step_and_the_causal_ones_by_their_mask():
         assert not torch.equal(plain["pixel_values"], other["pixel_values"])
 
 
+def test_boxes_reach_to_the_edges_of_the_patches_that_they_touch():
+    scenes = drawn("train", TRAIN, 3, 5, 20)
+    settings, stream = split("train", TRAIN, 3)
+    for scene, own in zip(scenes, compose_batch(settings, stream, 5, 20), strict=True):
+        for thing, before in zip(scene.objects, own.objects, strict=True):
+            touched = np.zeros((8, 8), bool)
+            rows, columns = np.nonzero(before.mask)
+            touched[rows // 12, columns // 12] = True
+            rows, columns = np.nonzero(touched)
+            top, left = 12 * rows.min(), 12 * columns.min()
+            bottom, right = 12 * (rows.max() + 1), 12 * (columns.max() + 1)
+            assert thing.box == (top, left, bottom, right)
+        again = [thing.box for thing in on_patches(scene).objects]
+        assert again == [thing.box for thing in scene.objects]  # nothing more to do
+
+
+def test_no_arm_trains_on_what_it_is_examined_on():
+    exams = {name: split(name, SCENES)[0].styles for name in EXAMS.values()}
+    trained = split("train", TRAIN)[0].styles
+    assert set(exams["validation"]).isdisjoint(trained)
+    assert set(exams["test-scenes"]) <= set(trained)
+    streams = {split(name, SCENES, 0)[1] for name in EXAMS.values()}
+    assert streams.isdisjoint(split("train", TRAIN, seed)[1] for seed in range(3))
+
+
 def test_the_causal_arm_is_asked_as_it_was_trained():
     """Its prefill must give the logits of its training forward."""
     recipe = Recipe(arm="causal", seed=0, rows=2)
@@ -91,7 +123,7 @@ def test_the_command_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("step 1 of 1") == 2  # of the new seed alone
     for arm in arms:
         assert again["arms"][arm]["curves"][0] == table["arms"][arm]["curves"][0]
-        for name in FIGURES:
+        for name in (f"{name}, {exam}" for name in FIGURES for exam in EXAMS):
             figure = again["arms"][arm][name]
             assert figure["lowest"] <= figure["mean"] <= figure["highest"]
 

@@ -14,6 +14,7 @@ from pgcore.processing import IGNORE, load_processor
 from pgcore.recipes import tiny, tiny_tower
 from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, train
 from pgcore.recipes.tiny_tokenizer import FOLDER
+from pgcore.training import Trainer
 from tests.stopped_runs import same, stop_in_the_fourth_step
 
 TOWER = tiny_tower.Recipe(steps=2, decay=1, pictures=2)
@@ -113,3 +114,34 @@ def test_what_ships_is_half_as_large_and_comes_with_its_figures(tmp_path, monkey
     close = dict(again.named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(close[name], weight.half().float())
+
+
+def test_a_blank_tower_is_drawn_and_learns_as_fast_as_the_decoder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tiny, "WATCHED", 1)
+    monkeypatch.setattr(tiny_tower, "train", None)  # is not called
+    rates = []
+
+    class Watched(Trainer):
+        def train_step(self):
+            found = super().train_step()
+            rates.append({g["part"]: g["lr"] for g in self.optimizer.param_groups})
+            return found
+
+    monkeypatch.setattr(tiny, "Trainer", Watched)
+    options = ["--out", str(tmp_path), "--blank", "--steps"]
+    tiny.main([*options, "1"])
+    shipped = tmp_path / "shipped"
+    assert (shipped / "mixture.csv").exists() and not (shipped / "tower.csv").exists()
+    (rate,) = rates
+    assert rate[0] * 400 == pytest.approx(rate[1])  # both at full rate, one warmed up
+
+    one, again, other = (tiny.unseeing_tower(seed).state_dict() for seed in (0, 0, 1))
+    assert same(one, again)
+    for name, weight in one.items():
+        drawn = weight.ndim > 1 and name != "positions"
+        assert torch.equal(weight, other[name]) != drawn, name
+    seen = load_emoji_siglip()[0].vision.state_dict()
+    assert not torch.equal(one["positions"], seen["positions"])
+    assert one["positions"].pow(2).mean() == pytest.approx(0.5)  # waves

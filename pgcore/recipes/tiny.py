@@ -27,13 +27,14 @@ from torch import Tensor
 
 from pgcore.grounding import load_mask_codec
 from pgcore.lab.scene_language import CAPTION_LANGUAGES, choose_examples
-from pgcore.lab.scenes import compose, images_of, split
+from pgcore.lab.scenes import Scene, compose, images_of, split
 from pgcore.lab.scoring import FIGURES, ask, figure, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.paligemma import TINY, PaliGemma
 from pgcore.processing import LOC_TOKENS, Processor, load_processor
 from pgcore.recipes import tiny_tower
 from pgcore.recipes._pictures import tinted
+from pgcore.recipes.emoji_siglip import sincos_positions
 from pgcore.recipes.tiny_tokenizer import FOLDER
 from pgcore.recipes.tiny_tower import TRAIN, learning_rate_share
 from pgcore.runs import METRICS, Ahead, RunFolder
@@ -74,13 +75,14 @@ WATCHED = 32  # scenes of the validation artist
 class Recipe:
     """What is trained, on what, and how.
 
-    tower: how its tower is trained first. steps: in all, after that. easy: of these,
+    tower: how its tower is trained first; None for one of random numbers, which then
+    learns at the decoder's rate. steps: in all, after that. easy: of these,
     the first, on large single things; then harder scenes come in, until `hard` only
     they are left. alone: the last steps, with one question a row. decay: the last
     steps, over which the learning rate falls to zero.
     """
 
-    tower: tiny_tower.Recipe = tiny_tower.Recipe()
+    tower: tiny_tower.Recipe | None = tiny_tower.Recipe()
     steps: int = 10_000
     easy: int = 300
     hard: int = 1500
@@ -108,23 +110,31 @@ def batch_at(recipe: Recipe, processor: Processor, codec, step: int) -> dict:
         for number in range(first, first + recipe.pictures)
     ]
     kinds = EASY_KINDS if step < recipe.easy else KINDS
-    language = Mixture({"en": 0.7, "all": 0.3}, recipe.seed + 1)
-    asked = []
-    for scene in scenes:
-        only = language.task(scene.index) == "en"
-        chosen = choose_examples(
-            scene,
-            1 if alone else ASKED,
-            kinds,
-            languages=("en",) if only else CAPTION_LANGUAGES,
-            encode_mask=codec,
-        )
-        asked.append([(one.prompt, one.answer) for one in chosen])
+    asked = asked_about(scenes, 1 if alone else ASKED, kinds, recipe.seed, codec)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     pixels = 2 * tinted(images_of(scenes), generator) - 1
     length = recipe.alone_length if alone else recipe.length
     batch = pack(processor, pixels, asked, length)
     return read_alone(batch) if alone else batch
+
+
+def asked_about(
+    scenes: Sequence[Scene], number: int, kinds: Sequence[str], seed: int, codec
+) -> list[list[tuple[str, str]]]:
+    """Some questions about each scene, and the answers; captions mostly English."""
+    language = Mixture({"en": 0.7, "all": 0.3}, seed + 1)
+    asked = []
+    for scene in scenes:
+        only = language.task(scene.index) == "en"
+        chosen = choose_examples(
+            scene,
+            number,
+            kinds,
+            languages=("en",) if only else CAPTION_LANGUAGES,
+            encode_mask=codec,
+        )
+        asked.append([(one.prompt, one.answer or "") for one in chosen])
+    return asked
 
 
 def read_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,6 +162,15 @@ def build(recipe: Recipe, processor: Processor, tower: VisionTower) -> PaliGemma
             neighbours(table[first : first + len(LOC_TOKENS)])
     model.vision.load_state_dict(tower.state_dict())
     return model
+
+
+def unseeing_tower(seed: int) -> VisionTower:
+    """A tower of random numbers, with positions as stage 0 started from."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed + 1)  # the decoder has the seed itself
+        tower = VisionTower(TINY.vision)
+        tower.positions.copy_(sincos_positions(TINY.vision.grid, TINY.vision.width))
+    return tower
 
 
 def neighbours(rows: Tensor) -> None:
@@ -183,13 +202,17 @@ class Codes:
 def train(recipe: Recipe, out: Path, device: str) -> PaliGemma:
     """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
     processor, codes = load_processor(FOLDER), Codes()
-    tower = tiny_tower.train(recipe.tower, out / TOWER, device)
+    if recipe.tower is None:
+        tower, rate = unseeing_tower(recipe.seed), 1.0
+    else:
+        tower = tiny_tower.train(recipe.tower, out / TOWER, device)
+        rate = recipe.tower_rate
     model = build(recipe, processor, tower).to(device)
     config = TrainingConfig(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
         schedule=functools.partial(learning_rate_share, recipe.steps, recipe.decay),
-        parts=(Part(prefix="vision.", rate=recipe.tower_rate, warmup=400),),
+        parts=(Part(prefix="vision.", rate=rate, warmup=400),),
         weight_decay=0.05,
         bfloat16=True,
     )
@@ -223,15 +246,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tower-steps", type=int, default=tiny_tower.Recipe.steps)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--blank", action="store_true", help="begin with a tower that has seen nothing"
+    )
     parser.add_argument("--ship", type=Path, help="write the model here instead")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tower = tiny_tower.Recipe(steps=options.tower_steps, seed=options.seed)
+    tower = None
+    if not options.blank:
+        tower = tiny_tower.Recipe(steps=options.tower_steps, seed=options.seed)
     recipe = Recipe(tower=tower, steps=options.steps, seed=options.seed)
     model = train(recipe, options.out, device)
     folder = options.ship or options.out / "shipped"
     save_pretrained(model.cpu().half(), load_processor(FOLDER), folder)
-    for stage in STAGES:
+    for stage in STAGES[options.blank :]:
         shutil.copy(options.out / stage / METRICS, folder / f"{stage}.csv")
     print(f"written: {folder}", file=sys.stderr)
 
