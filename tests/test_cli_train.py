@@ -47,6 +47,15 @@ def test_a_recipe_gets_its_own_options(tmp_path, capsys):
     assert (tmp_path / "tokenizer.json").read_bytes() == shipped.read_bytes()
 
 
+def test_a_recipe_says_how_it_is_called(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pgcore", "train", "tiny_tokenizer", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: pgcore train tiny_tokenizer [-h] --out OUT")
+
+
 def test_every_recipe_has_a_command_line():
     import importlib
 

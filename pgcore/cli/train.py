@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import os
+import sys
 from pathlib import Path
 
 SUMMARY = "run a recipe, from where it was stopped: pgcore train tiny --out runs/tiny"
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     # Before torch is there: threads that spin while they wait starve each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     recipe = importlib.import_module(f"pgcore.recipes.{options.recipe}")
+    sys.argv[0] = f"pgcore train {options.recipe}"  # the usage line says this
     recipe.main(options.options)
     return 0
 

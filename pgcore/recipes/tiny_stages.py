@@ -57,12 +57,12 @@ class Recipe:
     length: of a row behind the picture's tokens.
     """
 
-    steps: int = 600
+    steps: int = 1000
     pictures: int = 8
     learning_rate: float = 5e-4
     length: int = 96
     lessons: int = 300
-    lesson_pictures: int = 16
+    lesson_pictures: int = 8
     lesson_rate: float = 5e-4
     tower_rate: float = 0.2
     examined: int = 200
