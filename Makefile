@@ -7,7 +7,7 @@
 #   make lab        open the chapters in JupyterLab
 #   make chapters   export modules, execute stale notebooks, normalise (CH=02 for one)
 #   make siglip     train the emoji SigLIP that ships (an hour and more; go on by repeating)
-#   make tiny       train the tiny PaliGemma (hours; go on by repeating)
+#   make tiny       train the tiny PaliGemma (an hour and a half; go on by repeating)
 #   make eval-tiny  score it on scenes that it has not seen
 #   make colab      run the chapters as Colab does (CH=02 for one)
 #   make bench      measure pgcore beside transformers (half an hour, on a quiet machine)
