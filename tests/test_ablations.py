@@ -1,5 +1,6 @@
 """The recipe of the ablations: each arm differs from the first in one thing."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from pgcore.lab.scenes import compose_batch, split
 from pgcore.processing import load_processor
 from pgcore.recipes.ablations import (
     ARMS,
+    CONCEPTS,
     EXAMS,
     FIGURES,
     SCENES,
@@ -26,6 +28,7 @@ from pgcore.recipes.ablations import (
 from pgcore.recipes.tiny_tokenizer import FOLDER
 
 PROCESSOR = load_processor(FOLDER)
+ASSETS = FOLDER.parent
 
 
 def test_models_of_the_arms_differ_in_what_their_names_say():
@@ -126,6 +129,16 @@ def test_the_command_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
         for name in (f"{name}, {exam}" for name in FIGURES for exam in EXAMS):
             figure = again["arms"][arm][name]
             assert figure["lowest"] <= figure["mean"] <= figure["highest"]
+
+
+def test_what_ships_was_measured_with_this_recipe():
+    report = json.loads((ASSETS / "ablations.json").read_text())
+    shared = dataclasses.asdict(Recipe(arm="as it is", seed=0))
+    del shared["arm"], shared["seed"]
+    assert report["recipe"] == shared and tuple(report["concepts"]) == CONCEPTS
+    assert tuple(report["arms"]) == ARMS
+    for arm in report["arms"].values():
+        assert [run[-1]["step"] for run in arm["curves"]] == [shared["steps"]] * 3
 
 
 def test_an_unknown_arm_is_refused(capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgcore.api import load
+from pgcore.api import find_checkpoint, load
 from pgcore.lab.emoji import TRAIN_STYLES, VALIDATION_STYLE
 from pgcore.lab.scenes import compose, split
 from pgcore.lab.tiny_world import SCENES
@@ -128,3 +128,9 @@ def test_the_command_runs_all_stages_and_goes_on(tmp_path, capsys, monkeypatch):
     main(["--out", str(tmp_path)])
     assert capsys.readouterr().err.count("step 1 of 1") == 0  # all was done
     assert LARGEST.startswith("answer en ")
+
+
+def test_what_ships_was_measured_with_this_recipe():
+    report = json.loads((find_checkpoint("tiny").parent / "stages.json").read_text())
+    assert report["recipe"] == dataclasses.asdict(Recipe())
+    assert len(report["stages"]) == 6
