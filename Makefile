@@ -76,13 +76,13 @@ chapters: .venv/.dev
 	$(BIN)/python tools/render.py $(CH)
 
 siglip: .venv/.lab
-	$(BIN)/python -m pgcore.recipes.emoji_siglip --out runs/emoji_siglip
+	$(BIN)/pgcore train emoji_siglip --out runs/emoji_siglip
 
 tiny: .venv/.lab
-	$(BIN)/python -m pgcore.recipes.tiny --out runs/tiny
+	$(BIN)/pgcore train tiny --out runs/tiny
 
 eval-tiny: .venv/.lab
-	$(BIN)/python -m pgcore.recipes.tiny_eval --model runs/tiny/shipped \
+	$(BIN)/pgcore train tiny_eval --model runs/tiny/shipped \
 		--out runs/tiny/scores.json
 
 colab: .venv/.dev

@@ -10,20 +10,19 @@ import torch
 from pgcore.generation import prefill
 from pgcore.lab.scenes import compose_batch, split
 from pgcore.processing import load_processor
+from pgcore.recipes import ablations
+from pgcore.recipes._coarse_scenes import CONCEPTS, SCENES, TRAIN, drawn, on_patches
 from pgcore.recipes.ablations import (
     ARMS,
-    CONCEPTS,
     EXAMS,
     FIGURES,
-    SCENES,
-    TRAIN,
     Recipe,
     batch_at,
     build,
-    drawn,
+    config_of,
     main,
-    on_patches,
     read_as_trained,
+    summary,
 )
 from pgcore.recipes.tiny_tokenizer import FOLDER
 
@@ -115,7 +114,19 @@ def test_the_causal_arm_is_asked_as_it_was_trained():
 
 def test_the_command_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arms = ["as it is", "tower frozen"]
+    arms = ["as it is", "causal"]
+    read = []
+
+    def read_as(arm):
+        read.append(arm)
+        return read_as_trained(arm)
+
+    monkeypatch.setattr(ablations, "read_as_trained", read_as)
+    main(["--out", str(tmp_path), "--steps", "1", "--watched", "1", "--arms", *arms])
+    assert not (tmp_path / "ablations.json").exists()  # some arms do not sum up
+    assert read == [arm for _ in range(3) for arm in arms for _ in EXAMS]
+    monkeypatch.setattr(ablations, "ARMS", tuple(arms))
+    capsys.readouterr()
     options = ["--out", str(tmp_path), "--steps", "1", "--watched", "1", "--arms"]
     main([*options, *arms, "--seeds", "1"])
     table = json.loads((tmp_path / "ablations.json").read_text())
@@ -123,12 +134,33 @@ def test_the_command_goes_on_and_sums_up(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     main([*options, *arms, "--seeds", "2"])
     again = json.loads((tmp_path / "ablations.json").read_text())
-    assert capsys.readouterr().err.count("step 1 of 1") == 2  # of the new seed alone
+    assert capsys.readouterr().err.count("step 1 of 1") == 0  # all was done
     for arm in arms:
         assert again["arms"][arm]["curves"][0] == table["arms"][arm]["curves"][0]
         for name in (f"{name}, {exam}" for name in FIGURES for exam in EXAMS):
             figure = again["arms"][arm][name]
             assert figure["lowest"] <= figure["mean"] <= figure["highest"]
+
+
+def test_rates_of_the_arms():
+    rates = {arm: config_of(Recipe(arm=arm, seed=0)).parts[0].rate for arm in ARMS}
+    expected = dict.fromkeys(ARMS, 0.2)
+    assert rates == expected | {"tower frozen": 0.0, "no SigLIP": 1.0}
+
+
+def test_the_summary_by_hand():
+    runs = [
+        [{"step": 1, "loss": 5, "count, x": 9.0}, {"step": 2, "loss": 4, "count, x": v}]
+        for v in (1.0, 2.0, 6.0)
+    ]
+    found = summary(Recipe(arm="causal", seed=2), {"causal": runs})["arms"]["causal"]
+    expected = {"mean": 3.0, "lowest": 1.0, "highest": 6.0}
+    assert found == {"curves": runs, "count, x": expected}
+
+
+def test_no_seeds_are_one_line():
+    with pytest.raises(ValueError, match="seeds: expected 1 or more, found 0"):
+        main(["--seeds", "0"])
 
 
 def test_what_ships_was_measured_with_this_recipe():

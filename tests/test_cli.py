@@ -90,8 +90,18 @@ def test_beams_and_seeds_reach_the_model(ask, checkpoint, pictures):
         ask(pictures[0], PROMPT, "--beams", "3")[1].rstrip("\n")
         == (expected(checkpoint, pictures[:1], num_beams=3)[0])
     )
-    drawn = [ask(pictures[0], PROMPT, "--temperature", "1", "--seed", "5")[1:2]] * 2
-    assert drawn[0] == drawn[1]
+    one, again, other, surest = (
+        ask(pictures[0], PROMPT, "--temperature", "1", "--seed", seed, *more)[1]
+        for seed, *more in (["5"], ["5"], ["6"], ["5", "--top-k", "1"])
+    )
+    assert one == again != other
+    assert surest.rstrip("\n") == expected(checkpoint, pictures[:1])[0]
+
+
+def test_a_picture_that_is_named_twice_is_answered_twice(ask, pictures):
+    code, out, _ = ask(pictures[0], pictures[0], PROMPT)
+    first, second = out.splitlines()
+    assert code == 0 and first == second
 
 
 def test_a_broken_picture_is_named_and_the_others_are_answered(ask, pictures, tmp_path):
@@ -113,6 +123,7 @@ def test_a_broken_picture_is_named_and_the_others_are_answered(ask, pictures, tm
         (["{0}", PROMPT, "--beams", "2", "--probabilities"], "not with --beams"),
         (["{0}", PROMPT, "--device", "abacus"], "device: 'abacus' cannot be used"),
         (["{0}", PROMPT, "--dtype", "int8"], "dtype: expected auto, float32"),
+        (["{0}", " "], "PROMPT: expected one such as 'caption en', found nothing"),
         (["{0}", "<image> caption"], "<image> is the processor's to place"),
     ],
 )

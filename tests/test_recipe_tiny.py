@@ -83,6 +83,31 @@ def test_the_rate_rises_falls_and_ends_at_zero():
     assert all(a >= b for a, b in zip(shares[100:], shares[101:], strict=False))
 
 
+def test_a_run_of_another_length_has_the_same_parts():
+    assert Recipe(**tiny.lengths(Recipe.steps)) == Recipe()
+    assert tiny_tower.in_steps(5000, 0) == tiny_tower.Recipe()
+    short = Recipe(**tiny.lengths(1000))
+    assert (short.easy, short.hard, short.alone, short.decay) == (30, 150, 100, 300)
+    assert tiny_tower.in_steps(50, 3) == tiny_tower.Recipe(steps=50, decay=20, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"steps": 1000}, "steps: expected at least hard"),
+        ({"seed": -1}, "seed: expected 0 or more, found -1"),
+        ({"decay": 0}, "decay: expected 1 to 10000 steps, found 0"),
+        ({"easy": 2000}, "easy to come first"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_anything_is(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**wrong)
+    for wrong in ({"steps": 0}, {"seed": -1}, {"decay": 6000}):
+        with pytest.raises(ValueError, match="expected"):
+            tiny_tower.Recipe(**wrong)
+
+
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "EVERY", 2)
     monkeypatch.setattr(tiny, "WATCHED", 1)
@@ -101,13 +126,21 @@ def test_what_ships_is_half_as_large_and_comes_with_its_figures(tmp_path, monkey
 
     def trained(recipe, out, device):
         for stage in tiny.STAGES:
-            (out / stage).mkdir(parents=True)
+            (out / stage).mkdir(parents=True, exist_ok=True)
             (out / stage / "metrics.csv").write_text(f"step\n{stage}\n")
         return model
 
     monkeypatch.setattr(tiny, "train", trained)
-    tiny.main(["--out", str(tmp_path), "--steps", "6", "--tower-steps", "2"])
-    shipped = tmp_path / "shipped"
+    shipped = tmp_path / "ship"
+    shipped.mkdir()
+    (shipped / "README.md").write_text("a card")
+    options = ["--out", str(tmp_path), "--steps", "6", "--tower-steps", "2"]
+    tiny.main(options)
+    tiny.main([*options, "--ship", str(shipped)])  # once more, and beside other files
+    assert (shipped / "README.md").read_text() == "a card"
+    weights = "model.safetensors"
+    own = tmp_path / "shipped" / weights
+    assert own.read_bytes() == (shipped / weights).read_bytes()
     assert (shipped / "mixture.csv").read_text() == "step\nmixture\n"
     assert (shipped / "tower.csv").read_text() == "step\ntower\n"
     again, _ = load(shipped, device="cpu", dtype="auto")
@@ -131,8 +164,8 @@ def test_a_blank_tower_is_drawn_and_learns_as_fast_as_the_decoder(
 
     monkeypatch.setattr(tiny, "Trainer", Watched)
     options = ["--out", str(tmp_path), "--blank", "--steps"]
-    tiny.main([*options, "1"])
-    shipped = tmp_path / "shipped"
+    shipped = tmp_path / "ship"
+    tiny.main([*options, "1", "--ship", str(shipped)])
     assert (shipped / "mixture.csv").exists() and not (shipped / "tower.csv").exists()
     (rate,) = rates
     assert rate[0] * 400 == pytest.approx(rate[1])  # both at full rate, one warmed up

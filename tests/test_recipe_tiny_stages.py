@@ -9,7 +9,9 @@ import torch
 
 from pgcore.api import find_checkpoint, load
 from pgcore.lab.emoji import TRAIN_STYLES, VALIDATION_STYLE
+from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.lab.scenes import compose, split
+from pgcore.lab.scoring import Asked
 from pgcore.lab.tiny_world import SCENES
 from pgcore.processing import IGNORE
 from pgcore.recipes import tiny, tiny_stages
@@ -19,11 +21,14 @@ from pgcore.recipes.tiny_stages import (
     TRIES,
     Recipe,
     at_size,
+    examined,
+    go_on,
     largest,
     lesson_at,
     main,
     mixture_at,
     processor_at,
+    run,
     unequal,
     world,
 )
@@ -53,13 +58,16 @@ def test_only_positions_change_with_the_size():
     assert (FINE_PROCESSOR.image_size, FINE_PROCESSOR.num_image_tokens) == (192, 256)
 
 
-def test_an_enlarged_scene_is_the_same_scene():
-    """So that what is learned on it is the picture's fineness, not its content."""
+def test_finer_scenes_show_the_same_things():
     fine = split("validation", world(SCENES, FINE_PROCESSOR), 1)
     coarse = split("validation", SCENES, 1)
     assert fine[1] == coarse[1]
     assert dataclasses.replace(fine[0], size=96) == coarse[0]
-    assert compose(*fine, 0).image.shape == (192, 192, 3)
+    for index in range(20):
+        one, other = compose(*fine, index), compose(*coarse, index)
+        assert one.image.shape == (192, 192, 3)
+        names = [sorted(o.concept for o in scene.objects) for scene in (one, other)]
+        assert names[0] == names[1]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +116,55 @@ def test_scenes_of_the_lesson_have_an_answer_and_never_come_twice():
         unequal(alone, stream, 7)
 
 
+def test_each_stage_starts_where_it_should(tmp_path, monkeypatch):
+    """What goes into ``go_on``, and the marks that it leaves, as a chain."""
+    starts, kinds = [], []
+
+    def leaves_a_mark(model, batch_at, steps, rate, recipe, out):
+        starts.append({name: w.clone() for name, w in model.state_dict().items()})
+        kinds.append((out.name, batch_at.func, steps))
+        model.projector.linear.bias.data.add_(1)
+
+    monkeypatch.setattr(tiny_stages, "go_on", leaves_a_mark)
+    monkeypatch.setattr(tiny_stages, "examined", lambda *_: {})
+    run(dataclasses.replace(SMALL, steps=7, lessons=5), tmp_path, "cpu")
+    assert kinds == [
+        ("stage_2", mixture_at, 7),
+        ("stage_3", lesson_at, 5),
+        ("stage_1_gone_on", mixture_at, 7),
+        ("stage_3_after_stage_0", lesson_at, 5),
+    ]
+    two, three, one, zero = starts
+    assert same(two, FINE.state_dict()) and same(one, MODEL.state_dict())
+    two["projector.linear.bias"] += 1
+    assert same(two, three)
+    seen = load_emoji_siglip()[0].vision.state_dict()
+    for name, weight in seen.items():
+        if name != "positions":
+            assert torch.equal(zero[f"vision.{name}"], weight)
+    assert not torch.equal(
+        zero["language.embed_tokens.weight"], MODEL.language.embed_tokens.weight
+    )
+
+
+def test_only_the_right_thing_is_the_largest(monkeypatch):
+    said = []
+
+    def answers(model, processor, scenes, todo):
+        return [Asked(place, one, said[place], [], []) for place, one in todo]
+
+    monkeypatch.setattr(tiny_stages, "answer", answers)
+    monkeypatch.setattr(tiny_stages, "KINDS", ())
+    monkeypatch.setattr(tiny_stages, "SHOWN", ())
+    recipe = dataclasses.replace(SMALL, examined=4)
+    settings, stream = split("validation", SCENES, 1)
+    truth = [largest(unequal(settings, stream, n)) for n in range(4, 204, TRIES)]
+    for wrong in range(4):
+        said[:] = ["nothing"] * wrong + truth[wrong:]
+        found = examined(MODEL, PROCESSOR, recipe)["largest"][0]
+        assert found == pytest.approx(1 - wrong / 4)
+
+
 def test_the_command_runs_all_stages_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(tiny_stages, "Recipe", lambda **_: SMALL)
@@ -127,6 +184,10 @@ def test_the_command_runs_all_stages_and_goes_on(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("step 1 of 1") == 4
     main(["--out", str(tmp_path)])
     assert capsys.readouterr().err.count("step 1 of 1") == 0  # all was done
+    other = at_size(MODEL, 96)
+    torch.nn.init.zeros_(other.projector.linear.bias)
+    with pytest.raises(ValueError, match="written by another recipe"):
+        go_on(other, dict, 1, SMALL.learning_rate, SMALL, tmp_path / "stage_1_gone_on")
     assert LARGEST.startswith("answer en ")
 
 

@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the answers: one as it is written, several in the order of the pictures."""
     if options.batch < 1:
         raise ValueError(f"--batch: expected 1 or more, found {options.batch}")
+    if not options.prompt.strip():
+        raise ValueError("PROMPT: expected one such as 'caption en', found nothing")
     if options.probabilities and options.beams > 1:
         raise ValueError("--probabilities: not with --beams")
     for picture in options.pictures:
@@ -185,19 +187,20 @@ def _answer(
     from pgcore import generate
     from pgcore.files import open_image
 
-    images = {}
+    names, images = [], []
     for picture in pictures:
         try:
-            images[picture] = open_image(picture)
+            images.append(open_image(picture))
+            names.append(picture)
         except ValueError as error:
             _say(str(error))
     if images:
         how = _how(options) | {"probabilities": options.beams == 1}
         prompts = [options.prompt] * len(images)
-        found = generate(model, processor, list(images.values()), prompts, **how)
-        for picture, answer in zip(images, found, strict=True):
+        found = generate(model, processor, images, prompts, **how)
+        for picture, image, answer in zip(names, images, found, strict=True):
             print(_line(picture, answer, options), flush=True)
-            drawings.draw(picture, images[picture], str(answer))
+            drawings.draw(picture, image, str(answer))
     return len(pictures) - len(images)
 
 

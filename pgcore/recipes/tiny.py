@@ -34,7 +34,7 @@ from pgcore.paligemma import TINY, PaliGemma
 from pgcore.processing import LOC_TOKENS, Processor, load_processor
 from pgcore.recipes import tiny_tower
 from pgcore.recipes._pictures import tinted
-from pgcore.recipes.emoji_siglip import sincos_positions
+from pgcore.recipes._starts import neighbours, unseeing_tower
 from pgcore.recipes.tiny_tokenizer import FOLDER
 from pgcore.recipes.tiny_tower import TRAIN, learning_rate_share
 from pgcore.runs import METRICS, Ahead, RunFolder
@@ -95,11 +95,25 @@ class Recipe:
     tower_rate: float = 0.2
     seed: int = 0
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, found {self.seed}")
+        if not 0 <= self.easy <= self.hard <= self.steps - self.alone <= self.steps:
+            raise ValueError(
+                f"steps: expected at least hard + alone, {self.hard + self.alone}, and"
+                f" easy to come first, found {self.steps}"
+            )
+        if not 0 < self.decay <= self.steps:
+            raise ValueError(
+                f"decay: expected 1 to {self.steps} steps, found {self.decay}"
+            )
+
 
 def batch_at(recipe: Recipe, processor: Processor, codec, step: int) -> dict:
     """Draw what a step sees."""
     alone = step >= recipe.steps - recipe.alone
-    risen = min(1.0, max(0.0, (step - recipe.easy) / (recipe.hard - recipe.easy)))
+    rise = max(1, recipe.hard - recipe.easy)
+    risen = min(1.0, max(0.0, (step - recipe.easy) / rise))
     shares = {"easy": (1 - risen) ** 2, "some": 2 * risen * (1 - risen)}
     levels = Mixture({**shares, "all": risen**2}, recipe.seed)
     _, stream = split("train", SCENES, recipe.seed)
@@ -164,30 +178,6 @@ def build(recipe: Recipe, processor: Processor, tower: VisionTower) -> PaliGemma
     return model
 
 
-def unseeing_tower(seed: int) -> VisionTower:
-    """A tower of random numbers, with positions as stage 0 started from."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed + 1)  # the decoder has the seed itself
-        tower = VisionTower(TINY.vision)
-        tower.positions.copy_(sincos_positions(TINY.vision.grid, TINY.vision.width))
-    return tower
-
-
-def neighbours(rows: Tensor) -> None:
-    """Make the vectors of places that lie side by side alike, in place.
-
-    Waves of many lengths, turned at random, as large as the rows were: what is
-    learned about one place then holds near it, too.
-    """
-    count, width = rows.shape
-    place = torch.linspace(0, 1, count)[:, None]
-    angles = torch.pi * place * 2 ** torch.linspace(-1, 6.5, width // 2)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    turn, _ = torch.linalg.qr(torch.randn(width, width))
-    size = rows.std() / waves.std()
-    rows.mul_(0.2).add_(waves @ turn, alpha=0.8 * size.item())
-
-
 class Codes:
     """``encode_mask`` of ``scene_language``: a mask in, 16 codes out."""
 
@@ -249,18 +239,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--blank", action="store_true", help="begin with a tower that has seen nothing"
     )
-    parser.add_argument("--ship", type=Path, help="write the model here instead")
+    parser.add_argument("--ship", type=Path, help="copy it and its figures here, too")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tower = None
     if not options.blank:
-        tower = tiny_tower.Recipe(steps=options.tower_steps, seed=options.seed)
-    recipe = Recipe(tower=tower, steps=options.steps, seed=options.seed)
+        tower = tiny_tower.in_steps(options.tower_steps, options.seed)
+    recipe = Recipe(tower=tower, seed=options.seed, **lengths(options.steps))
     model = train(recipe, options.out, device)
-    folder = options.ship or options.out / "shipped"
+    folder = options.out / "shipped"
     save_pretrained(model.cpu().half(), load_processor(FOLDER), folder)
-    for stage in STAGES[options.blank :]:
-        shutil.copy(options.out / stage / METRICS, folder / f"{stage}.csv")
+    print(f"written: {folder}", file=sys.stderr)
+    if options.ship:
+        ship(options.out, options.ship)
+
+
+def lengths(steps: int) -> dict[str, int]:
+    """The parts of the recipe in a run of another length."""
+    names = "easy", "hard", "alone", "decay"
+    parts = {n: round(getattr(Recipe, n) * steps / Recipe.steps) for n in names}
+    return parts | {"steps": steps, "decay": max(1, parts["decay"])}
+
+
+def ship(out: Path, folder: Path) -> None:
+    """Copy what a run wrote into a folder that may hold other files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (out / "shipped").iterdir():
+        shutil.copy(path, folder)
+    for stage in STAGES:
+        if (figures := out / stage / METRICS).exists():
+            shutil.copy(figures, folder / f"{stage}.csv")
     print(f"written: {folder}", file=sys.stderr)
 
 

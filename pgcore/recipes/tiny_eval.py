@@ -41,6 +41,7 @@ from pgcore.recipes.tiny import Codes
 KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 SPLITS = ("test-scenes", "test-artist")
 THRESHOLD = 0.3  # of the nearest drawing: set by eye on six validation scenes
+OTHERS = "tiny", "blind", "nearest drawing"
 SEED = 7  # of the scenes: not those that training looked at
 
 
@@ -97,6 +98,17 @@ def compared(
     return found
 
 
+def named(text: str) -> tuple[str, str]:
+    """The name and the folder of ``--beside``."""
+    name, found, folder = text.partition("=")
+    if not (name and found and folder) or name in OTHERS:
+        raise ValueError(
+            f"beside: expected NAME=FOLDER, NAME none of {', '.join(OTHERS)}, found"
+            f" {text!r}"
+        )
+    return name, folder
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ask all, and write one JSON file."""
     parser = argparse.ArgumentParser(description="Score the tiny PaliGemma.")
@@ -108,13 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--beside", action="append", default=[], metavar="NAME=FOLDER", help="one more"
     )
     options = parser.parse_args(arguments)
-    models = dict(
-        one.split("=", 1) for one in [f"tiny={options.model}", *options.beside]
-    )
+    models = {"tiny": options.model} | dict(map(named, options.beside))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     weights = find_checkpoint(options.model) / "model.safetensors"
     report: dict[str, Any] = {
         "scenes": options.scenes,
-        "matched": options.matched,
+        "matched": min(options.matched, options.scenes),
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     report["splits"] = {

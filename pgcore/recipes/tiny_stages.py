@@ -14,6 +14,7 @@ Start it again with the same folder, and it goes on where it was stopped.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -89,7 +90,7 @@ def processor_at(processor: Processor, model: PaliGemma) -> Processor:
 
 
 def world(settings: SceneSettings, processor: Processor) -> SceneSettings:
-    """The same scenes in as many pixels as the processor takes."""
+    """Scenes of the same things, elsewhere, in as many pixels as a processor takes."""
     return dataclasses.replace(settings, size=processor.image_size)
 
 
@@ -175,7 +176,13 @@ def go_on(
     recipe: Recipe,
     out: Path,
 ) -> None:
-    """Train a model for some more steps, in a folder of its own."""
+    """Train a model for some more steps, in a folder of its own.
+
+    Its state belongs to this model: started with another, the run is refused.
+    """
+    start = hashlib.sha256()
+    for weight in model.state_dict().values():
+        start.update(weight.detach().cpu().numpy().tobytes())
     config = TrainingConfig(
         steps=steps,
         learning_rate=rate,
@@ -184,7 +191,7 @@ def go_on(
         weight_decay=0.05,
         bfloat16=True,
     )
-    name = f"{out.name}: {recipe}"
+    name = f"{out.name} of {start.hexdigest()[:12]}: {recipe}"
     trainer = Trainer(model, config, Ahead(batch_at, steps), tiny.loss_of, name)
     fit(trainer, RunFolder(out), every=max(1, steps // 6))
 

@@ -53,6 +53,15 @@ class Recipe:
     decay: int = 2000
     seed: int = 0
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, found {self.seed}")
+        if not 0 < self.decay <= self.steps:
+            raise ValueError(
+                f"steps: expected at least the {max(1, self.decay)} of decay, found"
+                f" {self.steps}"
+            )
+
 
 class PatchReader(nn.Module):
     """A tower, and one linear map from each of its patches to that patch's answers.
@@ -173,7 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train(Recipe(steps=options.steps, seed=options.seed), options.out, device)
+    train(in_steps(options.steps, options.seed), options.out, device)
+
+
+def in_steps(steps: int, seed: int) -> Recipe:
+    """The recipe in a run of another length."""
+    decay = max(1, round(Recipe.decay * steps / Recipe.steps))
+    return Recipe(steps=steps, decay=decay, seed=seed)
 
 
 if __name__ == "__main__":
