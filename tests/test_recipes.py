@@ -110,7 +110,7 @@ def test_a_state_of_another_recipe_is_refused(tmp_path):
 
 def test_a_half_written_state_is_never_read(tmp_path):
     train(dataclasses.replace(SMALL, steps=2), tmp_path, "cpu")
-    (tmp_path / "state.pt.partial").write_bytes(b"cut off by kill -9")
+    (tmp_path / ".state.pt.pgcore-partial").write_bytes(b"cut off by kill -9")
     train(dataclasses.replace(SMALL, steps=2), tmp_path, "cpu")
 
 

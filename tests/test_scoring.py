@@ -13,6 +13,7 @@ from pgcore.lab.scenes import compose_batch, split
 from pgcore.lab.scoring import (
     FIGURES,
     Asked,
+    _matched,
     figure,
     interval,
     named_in,
@@ -68,6 +69,7 @@ def test_another_order_of_a_caption_names_the_same_things():
     assert named_in("a cat and two red apples", CONCEPTS) == {"cat", "red apple"}
     assert named_in("two red apples and a cat", CONCEPTS) == {"cat", "red apple"}
     assert named_in("a cat and a zebra", CONCEPTS) is None
+    assert named_in("four cats", CONCEPTS) == {"cat"}
     assert named_in("", CONCEPTS) is None
 
 
@@ -84,6 +86,40 @@ def test_one_thing_too_many_is_wrong():
     found = figures([a for a in wrong if a.example.kind == "caption"])
     assert found["caption objects"] == np.mean(there)
     assert figures(right)["caption objects"] == 1
+
+
+def test_one_thing_too_few_is_wrong():
+    def without_the_last(text):
+        return text.rpartition(" and ")[0] or "a zebra"
+
+    asked = [a for a in everything() if a.example.kind == "caption"]
+    short = [dataclasses.replace(a, answer=without_the_last(a.answer)) for a in asked]
+    assert figures(short)["caption objects"] == 0
+
+
+@pytest.mark.parametrize("kind", ["presence", "relation"])
+def test_each_kind_of_question_counts(kind):
+    asked = [a for a in everything() if a.example.kind in ("presence", "relation")]
+    one = next(a for a in asked if a.example.kind == kind)
+    wrong = [
+        dataclasses.replace(a, answer="none of these") if a is one else a for a in asked
+    ]
+    assert figures(wrong)["answers"] == pytest.approx(1 - 1 / len(asked))
+
+
+def test_one_box_is_one_thing():
+    assert _matched(np.array([[0.9, 0.8]]), 2) == [0.9, 0.0]
+    assert _matched(np.array([[0.9, 0.8], [0.7, 0.1]]), 2) == [0.9, 0.1]
+    assert _matched(np.array([]), 2) == [0.0, 0.0]
+
+
+def test_a_box_is_as_sure_as_the_mean_of_its_tokens():
+    scene = SCENES_SEEN[0]
+    example = next(e for e in questions(scene, ("detect",)) if len(e.objects) == 1)
+    tokens = ["<loc"] * 4 + ["cat"]
+    asked = Asked(0, example, example.answer or "", [0.1, 0.2, 0.3, 1.0, 0.5], tokens)
+    [(confidence, _, _)] = scores([asked], [scene], CODEC)["detect AP50"][0]
+    assert confidence == pytest.approx([0.4])
 
 
 def test_a_box_in_the_wrong_order_of_axes_is_worth_little():
@@ -128,8 +164,9 @@ def test_intervals_hold_the_figure_and_shrink_with_scenes():
     rows = [[bool(rng.random() < 0.7)] for _ in range(400)]
     low, high = interval("count", rows)
     assert low < figure("count", rows) < high
-    binomial = 2 * 1.96 * (0.7 * 0.3 / 400) ** 0.5
-    assert high - low == pytest.approx(binomial, rel=0.2)
+    share = figure("count", rows)
+    binomial = 2 * 1.96 * (share * (1 - share) / 400) ** 0.5
+    assert high - low == pytest.approx(binomial, rel=0.05)
 
 
 def test_a_figure_of_nothing_is_no_number():
