@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from pgcore.api import load
+from pgcore.lab import scene_language
 from pgcore.lab.emoji import TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE
 from pgcore.lab.pretrained import load_emoji_siglip
+from pgcore.lab.scene_language import choose_examples
+from pgcore.lab.scenes import compose_batch, split
+from pgcore.lab.tiny_world import SCENES
 from pgcore.processing import IGNORE, load_processor
 from pgcore.recipes import tiny, tiny_tower
 from pgcore.recipes.tiny import LEVELS, Recipe, batch_at, build, train
@@ -56,6 +60,38 @@ def test_the_last_steps_ask_one_question_a_row():
     assert "question" not in alone
     edges = (alone["labels"] != IGNORE).diff(dim=1).sum(dim=1)
     assert (edges <= 2).all()  # one answer begins and ends, and none comes behind it
+    padding = alone["input_ids"] == PROCESSOR.id_of("<pad>")
+    assert padding.any() and torch.equal(alone["attention_mask"], ~padding)
+
+
+def test_the_first_steps_ask_what_is_easy(monkeypatch):
+    kinds = []
+
+    def chosen(scene, number, own, **how):
+        kinds.append(set(own))
+        return choose_examples(scene, number, own, **how)
+
+    monkeypatch.setattr(tiny, "choose_examples", chosen)
+    for step in (0, 2):
+        batch_at(SMALL, PROCESSOR, codes, step)
+    easy, later = kinds[: SMALL.pictures], kinds[SMALL.pictures :]
+    assert all(own == {"caption", "presence", "region", "detect"} for own in easy)
+    assert all(own == {*scene_language.KINDS} for own in later)
+
+
+def test_captions_are_mostly_english_but_not_all():
+    scenes = compose_batch(*split("train", SCENES), 0, 60)
+    asked = tiny.asked_about(scenes, 1, ("caption",), 0, codes)
+    languages = [prompt.split()[-1] for [(prompt, _)] in asked]
+    assert set(languages) == {"en", "de", "fr", "es"}
+    assert 0.6 < languages.count("en") / 60 < 0.95
+
+
+def test_pictures_come_in_another_light(monkeypatch):
+    shown = batch_at(SMALL, PROCESSOR, codes, 3)["pixel_values"]
+    monkeypatch.setattr(tiny, "tinted", lambda pictures, generator: pictures)
+    plain = batch_at(SMALL, PROCESSOR, codes, 3)["pixel_values"]
+    assert 0.01 < (shown - plain).abs().mean() < 0.2
 
 
 def test_it_starts_with_the_tower_and_places_like_their_neighbours():
@@ -149,11 +185,10 @@ def test_what_ships_is_half_as_large_and_comes_with_its_figures(tmp_path, monkey
         assert torch.equal(close[name], weight.half().float())
 
 
-def test_a_blank_tower_is_drawn_and_learns_as_fast_as_the_decoder(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def rates(monkeypatch):
+    """Learning rates of tower and decoder, step by step."""
     monkeypatch.setattr(tiny, "WATCHED", 1)
-    monkeypatch.setattr(tiny_tower, "train", None)  # is not called
     rates = []
 
     class Watched(Trainer):
@@ -163,13 +198,29 @@ def test_a_blank_tower_is_drawn_and_learns_as_fast_as_the_decoder(
             return found
 
     monkeypatch.setattr(tiny, "Trainer", Watched)
+    return rates
+
+
+def test_a_tower_that_sees_learns_slowly(tmp_path, monkeypatch, rates):
+    tower = load_emoji_siglip()[0].vision.requires_grad_(True)
+    monkeypatch.setattr(tiny_tower, "train", lambda *_: tower)
+    recipe = dataclasses.replace(Recipe(), **tiny.lengths(1))
+    train(recipe, tmp_path, "cpu")
+    (rate,) = rates
+    assert rate[0] * 400 == pytest.approx(0.2 * rate[1])  # the first of 400 steps
+
+
+def test_a_blank_tower_learns_as_fast_as_the_decoder(tmp_path, monkeypatch, rates):
+    monkeypatch.setattr(tiny_tower, "train", None)  # is not called
     options = ["--out", str(tmp_path), "--blank", "--steps"]
     shipped = tmp_path / "ship"
     tiny.main([*options, "1", "--ship", str(shipped)])
     assert (shipped / "mixture.csv").exists() and not (shipped / "tower.csv").exists()
     (rate,) = rates
-    assert rate[0] * 400 == pytest.approx(rate[1])  # both at full rate, one warmed up
+    assert rate[0] * 400 == pytest.approx(rate[1])
 
+
+def test_a_blank_tower_is_drawn_from_its_seed():
     one, again, other = (tiny.unseeing_tower(seed).state_dict() for seed in (0, 0, 1))
     assert same(one, again)
     for name, weight in one.items():
