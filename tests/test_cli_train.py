@@ -2,14 +2,27 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from pgcore.cli import main
 from pgcore.cli.train import recipes
-from pgcore.lab.demo import answers, is_right, picture, questions, scene_of
+from pgcore.lab.demo import (
+    GAP,
+    KINDS,
+    PANEL,
+    RIGHT,
+    WRONG,
+    answers,
+    is_right,
+    picture,
+    questions,
+    scene_of,
+)
 from pgcore.lab.pretrained import load_emoji_siglip
-from pgcore.lab.scenes import Scene
+from pgcore.lab.scene_language import all_examples
+from pgcore.lab.scenes import SPLITS, Scene
 from pgcore.lab.scoring import Asked
 from pgcore.lab.tiny_world import running_example
 from pgcore.processing import load_processor
@@ -83,6 +96,42 @@ def test_a_seed_gives_the_same_scene_and_another_another():
     assert (scene_of(3).image == scene_of(3).image).all()
     assert (scene_of(3).image != scene_of(4).image).any()
     assert (scene_of(None).image == running_example().image).all()
+
+
+def test_the_scenes_of_seeds_are_none_that_training_saw():
+    assert {SPLITS[scene_of(seed).seed >> 64] for seed in range(3)} == {"test-scenes"}
+
+
+def known(scene, **changed):
+    """The right answer to each question of the demo, or another to its kind."""
+    examples = all_examples(
+        scene, KINDS, languages=("en", "de"), encode_mask=lambda mask: [0] * 16
+    )
+    answers = {one.prompt: one.answer or "" for one in examples}
+    return [
+        Asked(0, one, changed.get(one.kind, answers[one.prompt]), [], [])
+        for one in questions(scene)
+    ]
+
+
+def test_the_picture_says_what_is_right_and_draws_all_that_was_found():
+    scene = running_example()
+
+    def pixels(colour=None, **changed):
+        page = np.asarray(picture(scene, known(scene, **changed))).astype(int)
+        if colour is None:
+            return page
+        return (page == ImageColor.getrgb(colour)).all(axis=-1).sum()
+
+    assert pixels(RIGHT) > 200 and pixels(WRONG) == 0
+    assert pixels(WRONG, caption="a zebra") > 50
+    assert pixels(RIGHT, caption="a zebra") < pixels(RIGHT)
+    (boxes,) = [a.answer for a in known(scene) if a.example.kind == "detect"]
+    first, *others = boxes.split(" ; ")
+    half = slice(0, GAP + PANEL)
+    assert others and (pixels() != pixels(detect=first))[:, half].any()
+    assert (pixels() != pixels(segment=""))[:, half.stop :].any()
+    assert (pixels() == pixels(segment=""))[:, half].all()
 
 
 def test_a_right_answer_is_called_right():

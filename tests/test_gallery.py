@@ -19,7 +19,7 @@ from pgcore.lab.scenes import compose_batch, split
 from pgcore.lab.scoring import Asked, share_box
 from pgcore.lab.tiny_world import SCENES
 from pgcore.recipes import _gallery_page as words
-from pgcore.recipes import gallery
+from pgcore.recipes import gallery, tiny_eval
 from pgcore.recipes._gallery_pictures import read_weights
 from pgcore.recipes.gallery import Judged, choose, judge, losses, main
 
@@ -123,6 +123,20 @@ def test_a_loss_is_the_mean_over_the_tokens_of_the_right_answer(tiny, scenes):
         ]
         assert len(nats) == len(processor.tokenizer.encode(one.example.answer).ids) + 1
         assert loss == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+def test_boxes_are_judged_by_the_mean_of_all(tiny, scenes, monkeypatch):
+    def answers(model, processor, scenes, todo):
+        return [Asked(place, one, one.answer, [], []) for place, one in todo]
+
+    monkeypatch.setattr(gallery, "answer", answers)
+    monkeypatch.setattr(gallery, "scores", lambda *_: {"detect mIoU": [[1.0, 0.2]]})
+    judged = judge(*tiny, "test-scenes", scenes[:2], "detect")
+    assert judged and all(one.iou == pytest.approx(0.6) for one in judged)
+
+
+def test_its_scenes_are_not_those_of_the_scores():
+    assert gallery.SEED not in (tiny_eval.SEED, 0)  # 0 is the seed of what training saw
 
 
 def judged_of(scene, loss, answer="a cat", name="test-scenes", iou=None) -> Judged:
