@@ -163,12 +163,18 @@ def test_info_refuses_a_checkpoint_that_does_not_fit(checkpoint, tmp_path, capsy
     assert "layers.2" in capsys.readouterr().err
 
 
+def heed_ctrl_c():
+    """Shells start what runs in the background deaf to Ctrl-C; children inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def command(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "pgcore", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
         **options,
     )
 
