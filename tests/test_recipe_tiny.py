@@ -131,6 +131,7 @@ def test_a_run_of_another_length_has_the_same_parts():
     ("wrong", "words"),
     [
         ({"steps": 1000}, "steps: expected at least hard"),
+        ({"steps": 0}, "steps: expected 1 or more, found 0"),
         ({"seed": -1}, "seed: expected 0 or more, found -1"),
         ({"decay": 0}, "decay: expected 1 to 10000 steps, found 0"),
         ({"easy": 2000}, "easy to come first"),

@@ -54,8 +54,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"seed: expected 0 or more, found {self.seed}")
+        for name, least in (("steps", 1), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}: expected {least} or more, found {value}")
         if not 0 < self.decay <= self.steps:
             raise ValueError(
                 f"steps: expected at least the {max(1, self.decay)} of decay, found"
