@@ -132,6 +132,10 @@ def test_the_picture_says_what_is_right_and_draws_all_that_was_found():
     assert others and (pixels() != pixels(detect=first))[:, half].any()
     assert (pixels() != pixels(segment=""))[:, half.stop :].any()
     assert (pixels() == pixels(segment=""))[:, half].all()
+    asked, full = known(scene), pixels()
+    for one in [a for a in asked if a.example.kind == "segment"]:
+        less = [dataclasses.replace(a, answer="") if a is one else a for a in asked]
+        assert (np.asarray(picture(scene, less)) != full)[:, half.stop :].any()
 
 
 def test_a_right_answer_is_called_right():
