@@ -149,13 +149,13 @@ def test_rates_of_the_arms():
 
 
 def test_the_summary_by_hand():
-    runs = [
-        [{"step": 1, "loss": 5, "count, x": 9.0}, {"step": 2, "loss": 4, "count, x": v}]
-        for v in (1.0, 2.0, 6.0)
-    ]
+    names = [f"{name}, {exam}" for name in FIGURES for exam in EXAMS]
+    first = {"step": 1} | dict.fromkeys(names, 9.0)
+    ends = [{"step": 2} | dict.fromkeys(names, end) for end in (1.0, 2.0, 6.0)]
+    runs = [[first, end] for end in ends]
     found = summary(Recipe(arm="causal", seed=2), {"causal": runs})["arms"]["causal"]
     expected = {"mean": 3.0, "lowest": 1.0, "highest": 6.0}
-    assert found == {"curves": runs, "count, x": expected}
+    assert found == {"curves": runs, **dict.fromkeys(names, expected)}
 
 
 def test_no_seeds_are_one_line():

@@ -101,6 +101,13 @@ def test_exercises(chapter):
 
 
 @every_chapter
+def test_every_cell_is_of_the_kind_that_its_author_meant(chapter):
+    """Jupytext keeps a first line that it cannot read under this name, as code."""
+    for cell in chapter.notebook.cells:
+        assert "incorrectly_encoded_metadata" not in cell.metadata, cell.source
+
+
+@every_chapter
 def test_figures_have_a_caption_a_name_and_alt_text(chapter):
     figures = 0
     for cell in code_cells(chapter):

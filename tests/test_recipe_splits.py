@@ -96,7 +96,7 @@ def test_exams_are_of_their_splits(composed, monkeypatch, tmp_path):
     composed.clear()
     monkeypatch.setattr(tiny_stages, "ask", lambda *_: [])
     monkeypatch.setattr(tiny_stages, "answer", lambda *_: [])
-    monkeypatch.setattr(tiny_stages, "interval", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(tiny_eval, "interval", lambda *_: (0.0, 1.0))
     tiny_stages.examined(load("tiny", device="cpu")[0], PROCESSOR, STAGES)
     assert {name for name, *_ in composed} == {"validation"}
 

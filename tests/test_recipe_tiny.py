@@ -89,7 +89,7 @@ def test_captions_are_mostly_english_but_not_all():
 
 def test_pictures_come_in_another_light(monkeypatch):
     shown = batch_at(SMALL, PROCESSOR, codes, 3)["pixel_values"]
-    monkeypatch.setattr(tiny, "tinted", lambda pictures, generator: pictures)
+    monkeypatch.setattr(tiny_tower, "tinted", lambda pictures, generator: pictures)
     plain = batch_at(SMALL, PROCESSOR, codes, 3)["pixel_values"]
     assert 0.01 < (shown - plain).abs().mean() < 0.2
 

@@ -167,8 +167,9 @@ def test_only_the_right_thing_is_the_largest(monkeypatch):
 
 def test_the_command_runs_all_stages_and_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(tiny_stages, "Recipe", lambda **_: SMALL)
-    main(["--out", str(tmp_path)])
+    options = ["--out", str(tmp_path), "--steps", "1", "--lessons", "1"]
+    options += ["--examined", "1"]
+    main(options)
     report = json.loads((tmp_path / "stages.json").read_text())
     pixels = {stage["name"]: stage["pixels"] for stage in report["stages"]}
     assert pixels == {
@@ -182,12 +183,12 @@ def test_the_command_runs_all_stages_and_goes_on(tmp_path, capsys, monkeypatch):
     for stage in report["stages"]:
         assert list(stage["figures"]) == [*SHOWN, "largest"]
     assert capsys.readouterr().err.count("step 1 of 1") == 4
-    main(["--out", str(tmp_path)])
+    main(options)
     assert capsys.readouterr().err.count("step 1 of 1") == 0  # all was done
     other = at_size(MODEL, 96)
     torch.nn.init.zeros_(other.projector.linear.bias)
     with pytest.raises(ValueError, match="written by another recipe"):
-        go_on(other, dict, 1, SMALL.learning_rate, SMALL, tmp_path / "stage_1_gone_on")
+        go_on(other, dict, 1, 5e-4, Recipe(steps=1), tmp_path / "stage_1_gone_on")
     assert LARGEST.startswith("answer en ")
 
 

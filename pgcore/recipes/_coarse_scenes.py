@@ -33,10 +33,7 @@ def on_patches(scene: Scene) -> Scene:
     side, things = TINY.patch_size, []
     for thing in scene.objects:
         top, left, bottom, right = thing.box
-        first, last = (
-            (top // side, left // side),
-            (-(-bottom // side), -(-right // side)),
-        )
-        box = tuple(side * edge for edge in (*first, *last))
+        patches = top // side, left // side, -(-bottom // side), -(-right // side)
+        box = tuple(side * edge for edge in patches)
         things.append(dataclasses.replace(thing, box=box))
     return dataclasses.replace(scene, objects=tuple(things))

@@ -3,18 +3,18 @@
     python -m pgcore.recipes.ablations --out runs/ablations
 
 Six arms with three seeds each; an arm differs from the first in one decision, and a
-tower that starts from nothing learns at the decoder's rate. A small
-decoder behind the emoji SigLIP's tower learns captions, counts and boxes of scenes of
-eight things, one question a row, for a fixed number of steps. Boxes end at the edges
-of patches: finer ones take many times as long. Chapter 16 plots what is left:
+tower that starts from nothing learns at the decoder's rate. A small decoder behind the
+emoji SigLIP's tower learns captions, counts and boxes of scenes of eight things, one
+question a row, for a fixed number of steps. Boxes end at the edges of patches: finer
+ones take many times as long. Chapter 16 plots what is left:
 ``pgcore/assets/ablations.json``.
 
 Start it again with the same folder, and it goes on where it was stopped. Two of it with
 some of the arms each, and one thread each, take less time than one with two threads;
 started with all arms once they are done, it sums up.
 
-The emoji SigLIP names most of the eight things right when the artist of the second exam
-drew them: they were chosen so. That exam favours the arms that start with it.
+At least half of the eight things were chosen because the emoji SigLIP names them right
+when the artist of the second exam drew them: it favours the arms that start with it.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def summary(recipe: Recipe, found: dict[str, list[Rows]]) -> dict:
     arms = {}
     for arm, runs in found.items():
         arms[arm] = {"curves": runs}
-        for name in (name for name in runs[0][-1] if ", " in name):
+        for name in (f"{name}, {exam}" for exam in EXAMS for name in FIGURES):
             ends = [rows[-1][name] for rows in runs]
             mean, low, high = statistics.fmean(ends), min(ends), max(ends)
             arms[arm][name] = {"mean": mean, "lowest": low, "highest": high}

@@ -27,16 +27,15 @@ from torch import Tensor
 
 from pgcore.grounding import load_mask_codec
 from pgcore.lab.scene_language import CAPTION_LANGUAGES, choose_examples
-from pgcore.lab.scenes import Scene, compose, images_of, split
+from pgcore.lab.scenes import Scene, compose, split
 from pgcore.lab.scoring import FIGURES, ask, figure, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.paligemma import TINY, PaliGemma
 from pgcore.processing import LOC_TOKENS, Processor, load_processor
 from pgcore.recipes import tiny_tower
-from pgcore.recipes._pictures import tinted
 from pgcore.recipes._starts import neighbours, unseeing_tower
 from pgcore.recipes.tiny_tokenizer import FOLDER
-from pgcore.recipes.tiny_tower import TRAIN, learning_rate_share
+from pgcore.recipes.tiny_tower import TRAIN, learning_rate_share, pixels_of
 from pgcore.runs import METRICS, Ahead, RunFolder
 from pgcore.training import (
     Mixture,
@@ -126,8 +125,7 @@ def batch_at(recipe: Recipe, processor: Processor, codec, step: int) -> dict:
     ]
     kinds = EASY_KINDS if step < recipe.easy else KINDS
     asked = asked_about(scenes, 1 if alone else ASKED, kinds, recipe.seed, codec)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    pixels = 2 * tinted(images_of(scenes), generator) - 1
+    pixels = pixels_of(scenes, recipe.seed, step)
     length = recipe.alone_length if alone else recipe.length
     batch = pack(processor, pixels, asked, length)
     return read_alone(batch) if alone else batch

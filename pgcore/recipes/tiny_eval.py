@@ -27,7 +27,6 @@ from pgcore.grounding import load_mask_codec
 from pgcore.lab import template_matching
 from pgcore.lab.scenes import Scene, compose_batch, split
 from pgcore.lab.scoring import (
-    FIGURES,
     Asked,
     ask,
     figure,
@@ -68,13 +67,14 @@ def by_matching(scenes: Sequence[Scene]) -> list[Asked]:
 
 def measured(asked: Sequence[Asked], scenes: Sequence[Scene]) -> dict[str, list[float]]:
     """Each figure and the interval around it: [figure, low, high]."""
-    found = scores(asked, scenes, load_mask_codec())
+    return with_intervals(scores(asked, scenes, load_mask_codec()))
+
+
+def with_intervals(found: dict[str, list[list[Any]]]) -> dict[str, list[float]]:
+    """[figure, low, high] of each figure, from its values in each scene."""
     return {
-        name: [
-            round(value, 4)
-            for value in (figure(name, found[name]), *interval(name, found[name]))
-        ]
-        for name in FIGURES
+        name: [round(v, 4) for v in (figure(name, rows), *interval(name, rows))]
+        for name, rows in found.items()
     }
 
 

@@ -30,20 +30,19 @@ from pgcore.api import load
 from pgcore.files import written_whole
 from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.lab.scene_language import EncodeMask, Example
-from pgcore.lab.scenes import Scene, SceneSettings, compose, images_of, split
-from pgcore.lab.scoring import Asked, answer, ask, figure, interval, scores
+from pgcore.lab.scenes import Scene, SceneSettings, compose, split
+from pgcore.lab.scoring import Asked, answer, ask, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.paligemma import PaliGemma
 from pgcore.processing import Processor
 from pgcore.recipes import tiny
-from pgcore.recipes._pictures import tinted
-from pgcore.recipes.tiny_tower import TRAIN
+from pgcore.recipes.tiny_eval import KINDS, with_intervals
+from pgcore.recipes.tiny_tower import TRAIN, pixels_of
 from pgcore.runs import Ahead, RunFolder
 from pgcore.training import Part, Trainer, TrainingConfig, cosine, fit, pack
 from pgcore.vision import resize_positions
 
 FINE = 2  # times as many pixels a side
-KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 SHOWN = ("caption objects", "answers", "count", "detect mIoU", "segment mIoU")
 LARGEST = "answer en which thing is the largest?"
 CLEARLY = 1.5  # times as many pixels as the next
@@ -103,8 +102,7 @@ def mixture_at(
     first = step * recipe.pictures
     scenes = [compose(settings, stream, first + n) for n in range(recipe.pictures)]
     asked = tiny.asked_about(scenes, tiny.ASKED, tiny.KINDS, recipe.seed, codes)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    pixels = 2 * tinted(images_of(scenes), generator) - 1
+    pixels = pixels_of(scenes, recipe.seed, step)
     length = processor.num_image_tokens + recipe.length
     return pack(processor, pixels, asked, length)
 
@@ -117,8 +115,7 @@ def lesson_at(recipe: Recipe, processor: Processor, step: int) -> dict[str, Tens
     starts = range(first, first + recipe.lesson_pictures * TRIES, TRIES)
     scenes = [unequal(settings, stream, start) for start in starts]
     asked = [[(LARGEST, largest(scene) or "")] for scene in scenes]
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    pixels = 2 * tinted(images_of(scenes), generator) - 1
+    pixels = pixels_of(scenes, recipe.seed, step)
     length = processor.num_image_tokens + recipe.length
     return tiny.read_alone(pack(processor, pixels, asked, length))
 
@@ -150,10 +147,7 @@ def examined(model: PaliGemma, processor: Processor, recipe: Recipe) -> dict:
     scenes = [unequal(settings, stream, start) for start in starts]
     asked = ask_largest(model, processor, scenes)
     found["largest"] = [[one.answer == one.example.answer] for one in asked]
-    return {
-        name: [round(v, 4) for v in (figure(name, rows), *interval(name, rows))]
-        for name, rows in found.items()
-    }
+    return with_intervals(found)
 
 
 def ask_largest(
@@ -206,8 +200,9 @@ def run(recipe: Recipe, out: Path, device: str) -> list[dict]:
 
     def stage(name: str, model: PaliGemma, own: Processor, train: Callable | None):
         print(name, file=sys.stderr, flush=True)
+        model.to(device)
         if train is not None:
-            train(model.to(device), own, out / name.replace(" ", "_"))
+            train(model, own, out / name.replace(" ", "_"))
         figures = examined(model, own, recipe)
         pixels = own.image_size
         results.append({"name": name, "pixels": pixels, "figures": figures})
@@ -226,24 +221,19 @@ def run(recipe: Recipe, out: Path, device: str) -> list[dict]:
     stage("stage 2", fine, fine_processor, mixture)
     stage("stage 3", fine, fine_processor, lessons)
     stage("stage 1 gone on", shipped, processor, mixture)
-    start = tiny.build(tiny.Recipe(seed=recipe.seed), processor, seeing_tower())
+    tower = load_emoji_siglip()[0].vision
+    start = tiny.build(tiny.Recipe(seed=recipe.seed), processor, tower)
     start = at_size(start, fine.config.vision.image_size)
     stage("stage 3 after stage 0", start, fine_processor, lessons)
     return results
-
-
-def seeing_tower():
-    """What stage 0 leaves: the tower of the emoji SigLIP."""
-    return load_emoji_siglip()[0].vision
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages, and write their figures."""
     parser = argparse.ArgumentParser(description="Stages 2 and 3 of the tiny model.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny_stages"))
-    for name, value in dataclasses.asdict(Recipe()).items():
-        if name in ("steps", "lessons", "examined", "seed"):
-            parser.add_argument(f"--{name}", type=int, default=value)
+    for name in ("steps", "lessons", "examined", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Recipe, name))
     options = vars(parser.parse_args(arguments))
     out, recipe = options.pop("out"), Recipe(**options)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -87,8 +87,13 @@ def batch_at(recipe: Recipe, step: int) -> dict[str, Tensor]:
     _, stream = split("train", SCENES, recipe.seed + 1)
     first = step * recipe.pictures  # pictures never come twice
     scenes = [compose(TRAIN, stream, first + row) for row in range(recipe.pictures)]
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    return batch_of(scenes, tinted(images_of(scenes), generator))
+    return batch_of(scenes, pixels_of(scenes, recipe.seed, step))
+
+
+def pixels_of(scenes: Sequence[Scene], seed: int, step: int) -> Tensor:
+    """[B, 3, R, R] in [-1, 1]: each scene in a light of its own."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return 2 * tinted(images_of(scenes), generator) - 1
 
 
 def batch_of(scenes: Sequence[Scene], pictures: Tensor) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ def batch_of(scenes: Sequence[Scene], pictures: Tensor) -> dict[str, Tensor]:
         torch.from_numpy(np.stack(part)) for part in zip(*answers, strict=True)
     )
     return {
-        "pictures": 2 * pictures - 1,
+        "pictures": pictures,
         "names": names,
         "edges": edges,
         "pixels": pixels,
@@ -164,7 +169,7 @@ def train(recipe: Recipe, out: Path, device: str) -> VisionTower:
     batches = Ahead(functools.partial(batch_at, recipe), recipe.steps)
     trainer = Trainer(model, config, batches, loss_of, name=repr(recipe))
     watched = [compose(*split("validation", SCENES), index) for index in range(WATCHED)]
-    seen = batch_of(watched, images_of(watched))
+    seen = batch_of(watched, 2 * images_of(watched) - 1)
     seen = {name: value.to(device) for name, value in seen.items()}
     fit(
         trainer,
