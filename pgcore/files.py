@@ -32,7 +32,8 @@ def shown(value: object) -> str:
 def require_file(path: Path, max_bytes: int | None = None) -> None:
     """Raise FileNotFoundError unless there is such a file, ValueError if larger."""
     if not os.path.isfile(path):  # False, too: a loop of links, a name too long
-        raise FileNotFoundError(f"{one_line(path, 300)}: no such file")
+        found = ", but a folder" if os.path.isdir(path) else ""
+        raise FileNotFoundError(f"{one_line(path, 300)}: no such file{found}")
     if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path}: expected at most {max_bytes} bytes, found {size}")
 
@@ -91,11 +92,22 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Give a path to write a file to; it takes the place of ``path`` when all is there.
 
     If the block fails, or Ctrl-C stops it, what was written goes and ``path`` stays.
-    ``kill -9`` may leave .NAME.pgcore-partial beside it, which the next call uses.
+    ``kill -9`` may leave .NAME.pgcore-partial beside it, which the next call uses:
+    of two at once, neither is sure to end well.
+
+    Raises:
+        FileNotFoundError: if the folder that it goes to is not there.
+        ValueError: if ``path`` is a folder.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file to write, found a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder, to write {path.name}")
     partial = _beside(path, "partial")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the name alone
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

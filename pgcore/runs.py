@@ -26,19 +26,27 @@ class RunFolder:
 
     state.pt: all that the run needs to go on. metrics.csv: a line a look. Where
     TensorBoard is installed, its events as well.
+
+    Raises:
+        ValueError: if a file is in its place.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"{self.folder}: expected a folder, a file is in its place"
+            ) from None
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the state in the place of the one before."""
         with written_whole(self.folder / STATE) as path:
             torch.save(dict(state), path)
 
-    def load(self, device: str | torch.device = "cpu") -> dict[str, Any] | None:
-        """The state, or None if there is none yet.
+    def load(self) -> dict[str, Any] | None:
+        """The state, in the memory of the CPU, or None if there is none yet.
 
         Raises:
             ValueError: if the file is not what ``save`` wrote.
@@ -47,14 +55,16 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            found = torch.load(path, map_location=device, weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(found, dict):
                 raise ValueError(type(found).__name__)
             return found
+        except (OSError, MemoryError):  # nothing that another state would mend
+            raise
         except Exception as error:  # of zip files, pickles and tensors
             raise ValueError(
                 f"{path}: expected the state of a run, found: {one_line(error)};"
-                " delete it to start again"
+                " if it is broken, delete it to start again"
             ) from None
 
     def write_metrics(self, rows: Sequence[Mapping[str, float | int]]) -> None:
@@ -110,7 +120,8 @@ class Ahead:
         """The batch of a step.
 
         Raises:
-            ValueError: for a step that the run does not have.
+            ValueError: for a step that the run does not have, and what ``batch_at``
+                raises as one.
         """
         if not 0 <= step < self.steps:
             raise ValueError(f"step {step}: expected 0 to {self.steps - 1}")
@@ -125,7 +136,10 @@ class Ahead:
             )
             self.drawn = iter(loader)
         self.next = step + 1
-        return next(self.drawn)
+        batch = next(self.drawn)
+        if isinstance(batch, ValueError):
+            raise batch
+        return batch
 
 
 class _Batches(Dataset):
@@ -133,7 +147,10 @@ class _Batches(Dataset):
         self.batch_at = batch_at
 
     def __getitem__(self, step: int) -> Any:
-        return self.batch_at(step)
+        try:
+            return self.batch_at(step)
+        except ValueError as error:
+            return error  # raised here, it would come with two tracebacks
 
 
 class Progress:
@@ -177,8 +194,8 @@ def fit(
 ) -> None:
     """Train to the last step, from where a run in this folder stopped.
 
-    trainer: has model, config.steps, device, step, rows, and the methods train_step,
-    state and restore, as ``pgcore.training.Trainer``. every: updates between looks. At
+    trainer: has model, config.steps, step, rows, and the methods train_step, state and
+    restore, as ``pgcore.training.Trainer``. every: updates between looks. At
     each, ``evaluate`` gives figures, ``samples`` lines that are printed, and all is
     written down, the state last: a run that is stopped in between does the last
     updates again.
@@ -189,7 +206,7 @@ def fit(
     """
     if every < 1:
         raise ValueError(f"every: expected at least 1, found {every}")
-    if (state := folder.load(trainer.device)) is not None:
+    if (state := folder.load()) is not None:
         trainer.restore(state)
     steps, recent = trainer.config.steps, []
     progress = Progress(steps, trainer.step)

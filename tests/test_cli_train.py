@@ -77,7 +77,7 @@ def test_every_recipe_has_a_command_line():
 
 
 def test_the_demo_asks_everything_and_draws_it(checkpoint, tmp_path, capsys):
-    out = tmp_path / "demo.png"
+    out = tmp_path / "a folder to make" / "demo.png"
     assert main(["demo", "--model", str(checkpoint), "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(questions(running_example()))

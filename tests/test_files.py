@@ -78,6 +78,14 @@ def test_what_is_no_file_is_not_found(read, tmp_path):
 
 
 @READERS
+def test_a_folder_is_called_one(read, tmp_path):
+    message = refused(read, tmp_path, FileNotFoundError)
+    assert message == f"{tmp_path}: no such file, but a folder"
+    message = refused(read, tmp_path / "missing", FileNotFoundError)
+    assert message == f"{tmp_path / 'missing'}: no such file"
+
+
+@READERS
 def test_a_file_that_may_not_be_read(read, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
@@ -357,6 +365,28 @@ def test_a_file_stays_if_the_last_step_fails(target, stop, monkeypatch):
     with pytest.raises(stop), written_whole(target) as path:
         path.write_text("new")
     assert contents(target.parent) == before
+
+
+def test_a_file_cannot_go_where_no_folder_is_or_where_one_is(target):
+    def write_to(path):
+        with written_whole(path):
+            pytest.fail("this block is not to be reached")
+
+    before = contents(target.parent)
+    message = refused(write_to, target.parent / "x" / "a.txt", FileNotFoundError)
+    assert message == f"{target.parent / 'x'}: no such folder, to write a.txt"
+    (target.parent / "folder").mkdir()
+    assert "found a folder" in refused(write_to, target.parent / "folder")
+    assert contents(target.parent) == before
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(target, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda _: done.append("on the disk"))
+    monkeypatch.setattr(os, "replace", lambda *_: done.append("named"))
+    with written_whole(target) as path:
+        path.write_text("new")
+    assert done == ["on the disk", "named"]
 
 
 @pytest.fixture

@@ -277,3 +277,9 @@ def test_shares_stand_beside_their_split(scenes):
     ]
     text = words.right_shares(judged, boxes=False)
     assert "50 % of 2 (known artists) and 0 % of 1 (a new artist)" in text
+
+
+def test_a_gallery_of_no_scenes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="^scenes: expected 1 or more, found 0$"):
+        main(["--out", str(tmp_path / "new"), "--scenes", "0"])
+    assert not (tmp_path / "new").exists()

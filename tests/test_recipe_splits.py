@@ -147,3 +147,11 @@ def test_a_model_beside_it_has_a_name_of_its_own(wrong, tmp_path):
     out = str(tmp_path / "scores.json")
     with pytest.raises(ValueError, match="beside: expected NAME=FOLDER"):
         tiny_eval.main(["--out", out, "--beside", wrong])
+
+
+@pytest.mark.parametrize("name", ["scenes", "matched"])
+def test_scores_of_no_scenes_are_refused(name, tmp_path):
+    out = tmp_path / "new" / "scores.json"
+    with pytest.raises(ValueError, match=f"^{name}: expected 1 or more, found 0$"):
+        tiny_eval.main(["--out", str(out), f"--{name}", "0"])
+    assert not out.parent.exists()

@@ -201,3 +201,20 @@ def test_scenes_of_another_size_have_the_same_scores():
     asked = told(scene, 0)
     found = scores(asked, [scene], CODEC)
     assert figure("detect mIoU", found["detect mIoU"]) > 0.98
+
+
+@pytest.mark.parametrize("kind", ["detect", "segment"])
+def test_a_thing_under_another_name_is_not_found(kind):
+    """Its box and its mask are right, what they are said to be is not."""
+    asked = [a for a in everything() if a.example.kind == kind]
+    names = {thing.concept for a in asked for thing in a.example.objects}
+    wrong = [
+        dataclasses.replace(a, answer=a.answer.replace(name, "zebra"))
+        for a in asked
+        for name in names & {thing.concept for thing in a.example.objects}
+    ]
+    assert len(wrong) == len(asked) and all("zebra" in a.answer for a in wrong)
+    right, found = figures(asked), figures(wrong)
+    for name in ("detect AP50", "detect mIoU", "segment mIoU"):
+        if name.startswith(kind):
+            assert right[name] > 0.8 and found[name] == 0

@@ -807,6 +807,28 @@ def test_a_broken_state_is_refused_in_one_line(content, tmp_path):
     assert "\n" not in str(caught.value) and "delete it" in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "denied"), MemoryError("2 GB")])
+def test_a_state_that_cannot_be_read_now_is_not_called_broken(
+    error, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise error
+
+    (tmp_path / "state.pt").write_bytes(b"the work of hours")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as caught:
+        RunFolder(tmp_path).load()
+    assert caught.value is error
+
+
+def test_a_file_in_the_place_of_the_folder_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="a file is in its place") as caught:
+            RunFolder(place)
+        assert str(caught.value).startswith(f"{place}: expected a folder")
+
+
 def test_a_state_cut_short_or_of_something_else_is_refused(tmp_path):
     quiet_fit(new_trainer(config_of(steps=2)), tmp_path)
     path = tmp_path / "state.pt"

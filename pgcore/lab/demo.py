@@ -8,10 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pgcore.grounding import draw, load_mask_codec, parse
 from pgcore.lab.scene_language import Example, all_examples
 from pgcore.lab.scenes import Scene, compose, split
-from pgcore.lab.scoring import Asked, answer
+from pgcore.lab.scoring import KINDS, Asked, answer
 from pgcore.lab.tiny_world import SCENES, running_example
 
-KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 PANEL, GAP, LINE = 384, 24, 26  # pixels
 INK, RIGHT, WRONG, PAPER = "#222222", "#2e7d32", "#7b1fa2", "#ffffff"
 

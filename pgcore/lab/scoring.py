@@ -27,9 +27,10 @@ from pgcore.lab import _english as english
 from pgcore.lab.scene_language import Example, all_examples
 from pgcore.lab.scenes import Scene, SceneObject
 
+KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 MOST = 4  # of one concept that a caption may count
 FIGURES = (
-    "caption objects",  # exactly the set of objects that is there
+    "caption objects",  # the set of objects that is there; one may be named twice
     "caption exact",  # the caption word for word
     "answers",  # presence and relation
     "count",
@@ -130,7 +131,7 @@ def scores(
 ) -> dict[str, list[list[Any]]]:
     """For each figure a list of values for each scene; ``figure`` makes one of them.
 
-    A box or mask that is missing or invalid has IoU 0.
+    A box or mask that is missing, invalid or under another name has IoU 0.
     """
     found: dict[str, list[list[Any]]] = {name: [[] for _ in scenes] for name in FIGURES}
     for one in asked:
@@ -161,14 +162,21 @@ def _detected(one: Asked, scene: Scene) -> tuple[list[float], list[list[float]],
         for token, share in zip(one.tokens, one.probabilities, strict=True)
         if token.startswith("<loc")
     ]
-    places = [share_box(thing, scene) for thing in one.example.objects]
+    truths = one.example.objects
     confidence, ious = [], []
     for thing in parse(one.answer):
         own, shares = np.split(shares, [thing.text.count("<loc")])
         if thing.box is not None:
             confidence.append(float(own.mean()))
-            ious.append([box_iou(thing.box, place) for place in places])
-    return confidence, ious, len(places)
+            ious.append([_box_iou(thing, truth, scene) for truth in truths])
+    return confidence, ious, len(truths)
+
+
+def _box_iou(thing: Found, truth: SceneObject, scene: Scene) -> float:
+    """0 under another name."""
+    if thing.box is None or thing.name != truth.concept:
+        return 0.0
+    return box_iou(thing.box, share_box(truth, scene))
 
 
 def share_box(thing: SceneObject, scene: Scene) -> tuple[float, ...]:
@@ -188,9 +196,12 @@ def _matched(ious: np.ndarray, truths: int) -> list[float]:
 
 
 def _segmented(one: Asked, scene: Scene, codec: Any) -> list[float]:
-    masks = [_mask(thing, scene, codec) for thing in parse(one.answer)]
-    truths = [thing.mask for thing in one.example.objects]
-    ious = [[mask_iou(m, truth) for truth in truths] for m in masks if m is not None]
+    truths, ious = one.example.objects, []
+    for thing in parse(one.answer):
+        if (mask := _mask(thing, scene, codec)) is not None:
+            named = [thing.name == truth.concept for truth in truths]
+            shared = [mask_iou(mask, truth.mask) for truth in truths]
+            ious.append(np.multiply(named, shared))
     return _matched(np.array(ious), len(truths))
 
 

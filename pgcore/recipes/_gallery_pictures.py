@@ -83,13 +83,15 @@ def read_weights(model: Any, processor: Any, scene: Scene, asked: Asked) -> Any:
 
     device = model.projector.linear.weight.device
     given = {n: x.to(device) for n, x in batch.items() if n != "labels"}
-    for block in model.language.layers:
-        block.self_attn.attend = spy
+    layers = [block.self_attn for block in model.language.layers]
+    usual = [layer.attend for layer in layers]
+    for layer in layers:
+        layer.attend = spy
     try:
         model(**given)
     finally:
-        for block in model.language.layers:
-            block.self_attn.attend = attend
+        for layer, own in zip(layers, usual, strict=True):
+            layer.attend = own
     begin = int(batch["suffix_mask"][0].nonzero()[0])
     patches = model.config.vision.num_patches
     return torch.stack(noted).mean(dim=0)[begin - 1 : -1, :patches].cpu()

@@ -165,7 +165,7 @@ def train(recipe: Recipe, out: Path, device: str) -> tuple[SigLIP, Words, dict]:
     """Run the recipe to its end, from where an earlier run in ``out`` stopped."""
     words, folder = emoji_words(), RunFolder(out)
     run = build(recipe, words, device)
-    if (state := folder.load(device)) is not None:
+    if (state := folder.load()) is not None:
         run.restore(state)
         print(f"going on after step {run.step}", file=sys.stderr)
     model, log = run.model, run.log
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji_siglip"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ship", type=Path, help="write the weights here as well")
+    parser.add_argument("--ship", type=Path, help="write what ships here, instead")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = Recipe(steps=options.steps, seed=options.seed)

@@ -27,13 +27,12 @@ from pgcore.api import find_checkpoint, load
 from pgcore.files import written_whole
 from pgcore.lab.scene_language import Example, all_examples
 from pgcore.lab.scenes import Scene, compose_batch, split
-from pgcore.lab.scoring import Asked, answer, questions, scores
+from pgcore.lab.scoring import KINDS, Asked, answer, questions, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.recipes._gallery_page import page
 from pgcore.recipes._gallery_pictures import attention_strip, sheet
 from pgcore.recipes.tiny import Codes
 
-KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 SPLITS = ("test-scenes", "test-artist")
 SEED = 11  # of the scenes: not those of tiny_eval, nor those that training looked at
 BATCH = 64
@@ -153,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=200, help="of each split")
     parser.add_argument("--model", default="tiny", help="tiny, or a folder")
     options = parser.parse_args(arguments)
+    if options.scenes < 1:
+        raise ValueError(f"scenes: expected 1 or more, found {options.scenes}")
     model, processor = load(options.model, dtype="float32")
     weights = find_checkpoint(options.model) / "model.safetensors"
     pictures = options.out / "figures"
@@ -177,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(strip, pictures / f"gallery_attention_{name}.png")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     with written_whole(options.out / "gallery.md") as path:
-        path.write_text(page(judged, chosen, looked, digest, options.scenes))
+        path.write_text(
+            page(judged, chosen, looked, digest, options.scenes), encoding="utf8"
+        )
 
 
 def save(image: Image.Image, path: Path) -> None:

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mask_codes"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ship", type=Path, help="write the weights here as well")
+    parser.add_argument("--ship", type=Path, help="write what ships here, instead")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     recipe = Recipe(steps=options.steps, seed=options.seed)

@@ -27,6 +27,7 @@ from pgcore.grounding import load_mask_codec
 from pgcore.lab import template_matching
 from pgcore.lab.scenes import Scene, compose_batch, split
 from pgcore.lab.scoring import (
+    KINDS,
     Asked,
     ask,
     figure,
@@ -37,7 +38,6 @@ from pgcore.lab.scoring import (
 from pgcore.lab.tiny_world import SCENES
 from pgcore.recipes.tiny import Codes
 
-KINDS = ("caption", "count", "presence", "relation", "detect", "segment")
 SPLITS = ("test-scenes", "test-artist")
 THRESHOLD = 0.3  # of the nearest drawing: set by eye on six validation scenes
 OTHERS = "tiny", "blind", "nearest drawing"
@@ -120,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--beside", action="append", default=[], metavar="NAME=FOLDER", help="one more"
     )
     options = parser.parse_args(arguments)
+    for name in ("scenes", "matched"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"{name}: expected 1 or more, found {value}")
     models = {"tiny": options.model} | dict(map(named, options.beside))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     weights = find_checkpoint(options.model) / "model.safetensors"

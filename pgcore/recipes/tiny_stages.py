@@ -31,12 +31,12 @@ from pgcore.files import written_whole
 from pgcore.lab.pretrained import load_emoji_siglip
 from pgcore.lab.scene_language import EncodeMask, Example
 from pgcore.lab.scenes import Scene, SceneSettings, compose, split
-from pgcore.lab.scoring import Asked, answer, ask, scores
+from pgcore.lab.scoring import KINDS, Asked, answer, ask, scores
 from pgcore.lab.tiny_world import SCENES
 from pgcore.paligemma import PaliGemma
 from pgcore.processing import Processor
 from pgcore.recipes import tiny
-from pgcore.recipes.tiny_eval import KINDS, with_intervals
+from pgcore.recipes.tiny_eval import with_intervals
 from pgcore.recipes.tiny_tower import TRAIN, pixels_of
 from pgcore.runs import Ahead, RunFolder
 from pgcore.training import Part, Trainer, TrainingConfig, cosine, fit, pack
