@@ -83,7 +83,7 @@ tiny: .venv/.lab
 
 eval-tiny: .venv/.lab
 	$(BIN)/pgcore train tiny_eval --model runs/tiny/shipped \
-		--out runs/tiny/scores.json
+		--out runs/tiny/scores.json --card runs/tiny/shipped/README.md
 
 colab: .venv/.dev
 	PGCORE_COLAB="$(or $(CH),all)" $(PYTEST) tests/test_colab.py

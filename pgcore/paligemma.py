@@ -80,7 +80,7 @@ PALIGEMMA2_28B_224 = _published(SO400M_14_224, GEMMA2_27B)
 PALIGEMMA2_28B_448 = _published(SO400M_14_448, GEMMA2_27B)
 PALIGEMMA2_28B_896 = _published(SO400M_14_896, GEMMA2_27B)
 
-# The book's own: a laptop trains it, in chapter 16.
+# The book's own: `make tiny` trains it on a laptop, chapter 16 says how.
 _TINY_TEXT = GemmaConfig(
     width=192,
     depth=4,

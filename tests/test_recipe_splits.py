@@ -121,12 +121,16 @@ def test_the_scores_are_of_the_splits_that_they_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_eval, "ask", watched)
     monkeypatch.setattr(tiny_eval, "load", lambda source, dtype: (source, None))
     monkeypatch.setattr(
-        tiny_eval, "measured", lambda _, scenes: {"n": [1.0 * len(scenes)]}
+        tiny_eval, "measured", lambda _, scenes: {"n": [1.0 * len(scenes), 0.0, 1.0]}
     )
     out = tmp_path / "new" / "scores.json"
     options = ["--scenes", "3", "--matched", "1", "--beside", "other=folder"]
-    tiny_eval.main(["--out", str(out), *options])
+    tiny_eval.main(["--out", str(out), *options, "--card", str(tmp_path / "card.md")])
     report = json.loads(out.read_text())
+    written = (tmp_path / "card.md").read_text(encoding="utf8")
+    assert "| n | 3.00 (0.00–1.00) | 3.00 | 3.00 | 1.00 |" in written
+    assert "on 3 scenes of each group" in written
+    assert "no learning, on 1 of the scenes" in written
     assert report["scenes"] == 3 and report["matched"] == 1
     for name, rows in zip(tiny_eval.SPLITS, (asked[:3], asked[3:]), strict=True):
         settings, stream = split(name, SCENES, tiny_eval.SEED)

@@ -34,6 +34,17 @@ def test_nothing_is_found_on_a_grey_picture():
     assert match(grey, 0.3) == []
 
 
+def test_nothing_is_found_over_another():
+    """However much a drawing may differ: of one place, one thing."""
+    scene = compose(PLAIN, 3, 0)
+    found = match(scene, 2.0, most=2)
+    assert len(found) == 2
+    covered = np.zeros_like(found[0].mask)
+    for one in found:
+        assert (one.mask & covered).sum() <= 0.2 * one.mask.sum()
+        covered |= one.mask
+
+
 def test_what_was_found_answers_as_a_scene():
     scene = compose(*split("test-scenes", SCENES), 2)
     found = match(scene, 0.3)

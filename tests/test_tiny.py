@@ -12,6 +12,7 @@ from pgcore.grounding import load_mask_codec
 from pgcore.lab.scenes import compose_batch, split
 from pgcore.lab.scoring import FIGURES, ask, figure, scores
 from pgcore.lab.tiny_world import SCENES
+from pgcore.recipes._tiny_card import card
 from pgcore.recipes.tiny_eval import KINDS, SEED
 
 # Of issue 6: what a model must reach to ship.
@@ -62,16 +63,21 @@ def test_the_report_is_of_a_thousand_scenes_and_above_the_floors(name):
 
 
 def test_the_card_says_what_the_report_says():
-    card = (find_checkpoint("tiny") / "README.md").read_text(encoding="utf8")
+    text = (find_checkpoint("tiny") / "README.md").read_text(encoding="utf8")
+    others = ["without pretraining", "blind", "nearest drawing"]
+    assert text.count(f"| tiny | {' | '.join(others)} |") == len(FLOORS)
     for what in FIGURES:
-        (line,) = (x for x in card.splitlines() if x.startswith(f"| {what} |"))
-        said = [float(number) for number in re.findall(r"\d\.\d\d", line)]
-        expected = []
-        for name in FLOORS:
+        lines = [x for x in text.splitlines() if x.startswith(f"| {what} |")]
+        for name, line in zip(FLOORS, lines, strict=True):
+            said = [float(number) for number in re.findall(r"\d\.\d\d", line)]
             rows = REPORT["splits"][name]
-            expected += rows["tiny"][what]
-            expected += [rows["blind"][what][0], rows["nearest drawing"][what][0]]
-        assert said == pytest.approx(expected, abs=0.0051), what
+            expected = rows["tiny"][what] + [rows[other][what][0] for other in others]
+            assert said == pytest.approx(expected, abs=0.0051), what
+
+
+def test_the_card_is_what_the_recipe_writes():
+    written = (find_checkpoint("tiny") / "README.md").read_text(encoding="utf8")
+    assert written == card(REPORT)
 
 
 def test_it_looks(tiny):

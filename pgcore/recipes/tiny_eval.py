@@ -4,7 +4,8 @@
 
 On scenes that no training has seen: of the known artists, and of the test artist. The
 others are the same model with its eyes shut (a grey picture: what can be guessed),
-and the nearest drawing in each window. ``--beside NAME=FOLDER`` adds a model.
+and the nearest drawing in each window. ``--beside NAME=FOLDER`` adds a model,
+``--card FILE`` writes the model card.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from pgcore.lab.scoring import (
     scores,
 )
 from pgcore.lab.tiny_world import SCENES
+from pgcore.recipes._tiny_card import card
 from pgcore.recipes.tiny import Codes
 
 SPLITS = ("test-scenes", "test-artist")
@@ -119,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--beside", action="append", default=[], metavar="NAME=FOLDER", help="one more"
     )
+    parser.add_argument("--card", type=Path, help="write the model card here, too")
     options = parser.parse_args(arguments)
     for name in ("scenes", "matched"):
         if (value := getattr(options, name)) < 1:
@@ -136,6 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     with written_whole(options.out) as path:
         path.write_text(json.dumps(report, indent=1) + "\n")
+    if options.card is not None:
+        with written_whole(options.card) as path:
+            path.write_text(card(report), encoding="utf8")
 
 
 if __name__ == "__main__":
