@@ -125,9 +125,10 @@ def test_the_scores_are_of_the_splits_that_they_name(tmp_path, monkeypatch):
     )
     out = tmp_path / "new" / "scores.json"
     options = ["--scenes", "3", "--matched", "1", "--beside", "other=folder"]
-    tiny_eval.main(["--out", str(out), *options, "--card", str(tmp_path / "card.md")])
+    card = tmp_path / "another" / "card.md"
+    tiny_eval.main(["--out", str(out), *options, "--card", str(card)])
     report = json.loads(out.read_text())
-    written = (tmp_path / "card.md").read_text(encoding="utf8")
+    written = card.read_text(encoding="utf8")
     assert "| n | 3.00 (0.00–1.00) | 3.00 | 3.00 | 1.00 |" in written
     assert "on 3 scenes of each group" in written
     assert "no learning, on 1 of the scenes" in written
@@ -159,3 +160,11 @@ def test_scores_of_no_scenes_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"^{name}: expected 1 or more, found 0$"):
         tiny_eval.main(["--out", str(out), f"--{name}", "0"])
     assert not out.parent.exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_asked(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tiny_eval, "compared", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="expected a file to write, found a folder"):
+        tiny_eval.main(["--out", str(tmp_path)])

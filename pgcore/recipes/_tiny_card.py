@@ -70,8 +70,8 @@ A box or mask that is missing, invalid or under another name counts as an IoU of
 
 
 def _table(title: str, rows: Mapping[str, Any], others: list[str]) -> str:
-    lines = [f"| {title} | tiny | {' | '.join(others)} |", "|---" * (2 + len(others))]
-    lines[1] += "|"
+    lines = [f"| {title} | tiny | {' | '.join(others)} |"]
+    lines.append("|---" * (2 + len(others)) + "|")
     for what, (value, low, high) in rows["tiny"].items():
         cells = [f"{value:.2f} ({low:.2f}–{high:.2f})"]
         cells += [f"{rows[name][what][0]:.2f}" for name in others]

@@ -127,17 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}: expected 1 or more, found {value}")
     models = {"tiny": options.model} | dict(map(named, options.beside))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (options.out, options.card)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     weights = find_checkpoint(options.model) / "model.safetensors"
     report: dict[str, Any] = {
         "scenes": options.scenes,
         "matched": min(options.matched, options.scenes),
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
-    report["splits"] = {
-        name: compared(name, models, options.scenes, options.matched) for name in SPLITS
-    }
-    with written_whole(options.out) as path:
+    with written_whole(options.out) as path:  # asked for now: it can be written
+        report["splits"] = {
+            name: compared(name, models, options.scenes, options.matched)
+            for name in SPLITS
+        }
         path.write_text(json.dumps(report, indent=1) + "\n")
     if options.card is not None:
         with written_whole(options.card) as path:
