@@ -87,6 +87,20 @@ def open_image(path: str | Path) -> Image.Image:
         ) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Raises:
+        ValueError: if a file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{folder}: expected a folder, a file is in its place"
+        ) from None
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a path to write a file to; it takes the place of ``path`` when all is there.
@@ -95,14 +109,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     ``kill -9`` may leave .NAME.pgcore-partial beside it, which the next call uses:
     of two at once, neither is sure to end well.
 
+    Folders above it are made.
+
     Raises:
-        FileNotFoundError: if the folder that it goes to is not there.
-        ValueError: if ``path`` is a folder.
+        ValueError: if ``path`` is a folder, or a file is in the place of one above it.
     """
     if path.is_dir():
         raise ValueError(f"{path}: expected a file to write, found a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder, to write {path.name}")
+    make_folder(path.parent)
     partial = _beside(path, "partial")
     try:
         yield partial

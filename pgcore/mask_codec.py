@@ -235,7 +235,6 @@ def save_mask_codec(folder: Path, codec: MaskCodec) -> None:
 
     Built in chapter 15, Boxes and masks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: weight.half().contiguous() for name, weight in codec.state_dict().items()
     }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pgcore.files import one_line, written_whole
+from pgcore.files import make_folder, one_line, written_whole
 
 STATE = "state.pt"
 METRICS = "metrics.csv"
@@ -33,12 +33,7 @@ class RunFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(
-                f"{self.folder}: expected a folder, a file is in its place"
-            ) from None
+        make_folder(self.folder)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the state in the place of the one before."""

@@ -326,11 +326,26 @@ def test_a_bad_out_is_found_before_the_model_is_loaded(
     assert len(err.splitlines()) == 1 and message in err
 
 
-def test_a_drawing_that_fails_leaves_nothing(ask, pictures, tmp_path, says):
+def test_a_drawing_that_fails_leaves_nothing(
+    ask, pictures, tmp_path, says, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     says(f"{BOX} cat")
     place = tmp_path / "drawn.png"
     place.mkdir()
-    (place / "one.png").mkdir()  # a folder where the file should go
+    monkeypatch.setattr("os.replace", full)
     code, out, err = ask(pictures[0], "detect cat", "--out", str(place))
-    assert code == 1 and out == f"{BOX} cat\n" and "gave up" in err
+    assert code == 1 and out == f"{BOX} cat\n" and "gave up: [Errno 28]" in err
+    assert list(place.iterdir()) == []
+
+
+def test_a_drawing_does_not_take_the_place_of_a_folder(ask, pictures, tmp_path, says):
+    says(f"{BOX} cat")
+    place = tmp_path / "drawn.png"
+    place.mkdir()
+    (place / "one.png").mkdir()  # where the file should go
+    code, out, err = ask(pictures[0], "detect cat", "--out", str(place))
+    assert code == 2 and out == f"{BOX} cat\n" and "found a folder" in err
     assert [path.name for path in place.iterdir()] == ["one.png"]

@@ -86,6 +86,17 @@ def test_the_demo_asks_everything_and_draws_it(checkpoint, tmp_path, capsys):
         assert image.width > 2 * 384 and image.height > 384
 
 
+def test_the_demo_cannot_write_below_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "demo.png")
+    assert main(["demo", "--model", str(checkpoint), "--out", out]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        said
+        == f"pgcore: {tmp_path / 'file'}: expected a folder, a file is in its place"
+    )
+
+
 def test_the_demo_refuses_other_files_before_it_loads(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo.txt")]) == 2
     assert "expected a .png or .jpg" in capsys.readouterr().err

@@ -367,17 +367,25 @@ def test_a_file_stays_if_the_last_step_fails(target, stop, monkeypatch):
     assert contents(target.parent) == before
 
 
-def test_a_file_cannot_go_where_no_folder_is_or_where_one_is(target):
+def test_a_file_cannot_go_where_a_folder_is_nor_below_a_file(target):
     def write_to(path):
         with written_whole(path):
             pytest.fail("this block is not to be reached")
 
     before = contents(target.parent)
-    message = refused(write_to, target.parent / "x" / "a.txt", FileNotFoundError)
-    assert message == f"{target.parent / 'x'}: no such folder, to write a.txt"
     (target.parent / "folder").mkdir()
     assert "found a folder" in refused(write_to, target.parent / "folder")
+    for below in (target / "b.txt", target / "x" / "b.txt"):
+        message = refused(write_to, below)
+        assert message == (f"{below.parent}: expected a folder, a file is in its place")
     assert contents(target.parent) == before
+
+
+def test_folders_above_a_file_are_made(tmp_path):
+    for _ in range(2):
+        with written_whole(tmp_path / "x" / "y" / "a.txt") as path:
+            path.write_text("new")
+    assert contents(tmp_path) == {"x/y/a.txt": "new"}
 
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(target, monkeypatch):

@@ -154,7 +154,6 @@ class _Drawings:
             return
         if self.codec is None and any(one.codes for one in found):
             _say(f"{picture}: the masks are not drawn, they need --mask-codec")
-        place.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(place) as partial:
             drawn = draw(image, found, self.codec)
             drawn.save(partial, self.FORMATS[place.suffix.lower()], quality=92)

@@ -35,7 +35,6 @@ def run(options: argparse.Namespace) -> int:
     for one in asked:
         said = " ".join(one.answer.split())  # a line each, whatever it writes
         print(f"{marks[is_right(one)]}  {one.example.prompt:<40} {said}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(options.out) as path:
         picture(scene, asked).save(path, format=kind)
     print(f"pgcore: written: {options.out}", file=sys.stderr)

@@ -22,7 +22,6 @@ WEIGHTS, LOG = "model.safetensors", "training.json"
 
 def save_emoji_siglip(folder: Path, model: SigLIP, words: Words, log: dict) -> None:
     """Write the weights, in half precision, with their sizes and words; and the log."""
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {
         "vision": json.dumps(dataclasses.asdict(model.vision.config)),
         "text": json.dumps(dataclasses.asdict(model.text.config)),

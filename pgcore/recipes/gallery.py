@@ -157,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, processor = load(options.model, dtype="float32")
     weights = find_checkpoint(options.model) / "model.safetensors"
     pictures = options.out / "figures"
-    pictures.mkdir(parents=True, exist_ok=True)
     scenes = {
         name: compose_batch(*split(name, SCENES, SEED), 0, options.scenes)
         for name in SPLITS

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait, do not
 import torch
 from torch import Tensor
 
+from pgcore.files import make_folder
 from pgcore.grounding import load_mask_codec
 from pgcore.lab.scene_language import CAPTION_LANGUAGES, choose_examples
 from pgcore.lab.scenes import Scene, compose, split
@@ -262,7 +263,7 @@ def lengths(steps: int) -> dict[str, int]:
 
 def ship(out: Path, folder: Path) -> None:
     """Copy what a run wrote into a folder that may hold other files."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in (out / "shipped").iterdir():
         shutil.copy(path, folder)
     for stage in STAGES:

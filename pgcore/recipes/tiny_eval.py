@@ -127,8 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"{name}: expected 1 or more, found {value}")
     models = {"tiny": options.model} | dict(map(named, options.beside))
-    for path in filter(None, (options.out, options.card)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     weights = find_checkpoint(options.model) / "model.safetensors"
     report: dict[str, Any] = {
         "scenes": options.scenes,
